@@ -1,0 +1,209 @@
+"""Frozen configurations: the only home of defaults. Unknown keys are errors that suggest a name."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import pydantic
+
+from jlora.errors import JloraError, nearest
+
+ALL_LINEAR = "all-linear"
+
+
+class _Strict:
+    __pydantic_config__ = pydantic.ConfigDict(extra="forbid")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig(_Strict):
+    """Which layers get low-rank factors, and how large. Names and meanings are PEFT's.
+
+    W' = W + scaling * B A with A of shape (r, in) and B of shape (out, r), scaling = lora_alpha / r
+    (Hu et al. 2021, arXiv:2106.09685), or lora_alpha / sqrt(r) with `use_rslora`
+    (Kalajdzievski 2023, arXiv:2312.03732).
+    """
+
+    r: int = 8
+    """Rank of the update; a site may have its own through `rank_pattern`."""
+    lora_alpha: float = 8
+    """Numerator of the scaling."""
+    target_modules: str | tuple[str, ...] = ALL_LINEAR
+    """Names (matching whole trailing components), one regular expression that matches the full
+    name, or "all-linear": every linear layer but the output head."""
+    exclude_modules: str | tuple[str, ...] | None = None
+    """Modules left out, matched like `target_modules`."""
+    lora_dropout: float = 0.0
+    """Probability of dropping an input of A while training."""
+    layers_to_transform: tuple[int, ...] | None = None
+    """Only these layers; None means all."""
+    rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Name or regular expression -> rank; the first that matches the end of a name wins."""
+    alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Name or regular expression -> alpha; the first that matches the end of a name wins."""
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r) rather than by lora_alpha / r."""
+    init_lora_weights: bool | Literal["gaussian"] = True
+    """True: A uniform within ±1/sqrt(in), B zero. "gaussian": A normal with deviation 1/r, B zero.
+    False: as True with a random B too, so that the adapter does something from the start (tests)."""
+    task_type: str | None = "CAUSAL_LM"
+    """Copied into the exported adapter_config.json."""
+
+    def __post_init__(self) -> None:
+        for name in ("target_modules", "exclude_modules", "layers_to_transform"):
+            value = getattr(self, name)
+            if isinstance(value, list | set):  # as PEFT's users write them
+                object.__setattr__(self, name, tuple(value))
+        problems = []
+        ranks = {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}
+        for name, rank in ranks.items():
+            if not isinstance(rank, int) or rank < 1:
+                problems.append(f"{name} must be a positive integer, got {rank!r}")
+        if not 0 <= self.lora_dropout < 1:
+            problems.append(f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
+        if self.init_lora_weights not in (True, False, "gaussian"):
+            problems.append(
+                f"init_lora_weights must be true, false or 'gaussian', got "
+                f"{self.init_lora_weights!r}"
+            )
+        if not self.target_modules:
+            problems.append(f"target_modules is empty; name layers or say {ALL_LINEAR!r}")
+        if problems:
+            raise JloraError("LoraConfig: " + "; ".join(problems))
+
+    def scaling(self, r: int, alpha: float) -> float:
+        """The factor on B A for a site of rank `r` and numerator `alpha`."""
+        return alpha / math.sqrt(r) if self.use_rslora else alpha / r
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoaderConfig(_Strict):
+    """How records become batches."""
+
+    max_length: int = 1024
+    """Tokens kept of a record; the rest is cut away and counted."""
+    batch_size: int = 16
+    """Rows in a step."""
+    max_shapes: int = 4
+    """Most lengths that batches are padded to; each is compiled once."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimConfig(_Strict):
+    """AdamW with a linear warm-up and a cosine fall to zero."""
+
+    lr: float = 2e-4
+    """Peak learning rate."""
+    warmup_steps: int = 5
+    """Steps from zero to the peak."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay (Loshchilov & Hutter 2019, arXiv:1711.05101)."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig(_Strict):
+    """What is measured before and after training."""
+
+    loss_rows: int = 256
+    """Rows of the valid split whose loss is measured."""
+    answer_rows: int = 500
+    """Rows of the test split that are answered; 0 skips it."""
+    every: int = 0
+    """Steps between evaluation losses while training; 0 means only before and after."""
+    samples: int = 5
+    """Outputs shown before and after."""
+    max_new_tokens: int = 64
+    """Longest answer."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig(_Strict):
+    """One training run: `jlora train`."""
+
+    model: Path
+    """Hugging Face model directory."""
+    data: str
+    """Directory with train/valid/test files, one JSON, JSONL or Parquet file, or a hub name."""
+    output: Path
+    """Directory of the run; must not hold one yet, unless resuming."""
+    method: Literal["lora", "full"] = "lora"
+    """Train low-rank factors, or every weight."""
+    resume: bool = False
+    """Go on from the last checkpoint in the output directory."""
+    steps: int | None = None
+    """Optimiser steps; None means `epochs` times the data."""
+    epochs: float = 1.0
+    """Passes over the training rows, where `steps` is not given."""
+    seed: int = 0
+    """Of the initial factors, the order of rows, and dropout."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the base weights and of computation. auto: float32 on CPU, bfloat16 elsewhere."""
+    scan_layers: bool | None = None
+    """Stack the layers and scan over them: compiles fast. None: on accelerators only, since a CPU
+    runs unrolled layers faster."""
+    remat: bool = False
+    """Recompute each layer's activations in the backward pass: less memory, more time."""
+    checkpoint_every: int = 50
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept."""
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    loader: LoaderConfig = dataclasses.field(default_factory=LoaderConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+
+
+C = TypeVar("C")
+
+
+def from_dict(cls: type[C], values: Mapping[str, Any], *, where: str) -> C:
+    """Build the dataclass `cls` from nested mappings, as TOML and JSON give them.
+
+    Raises:
+        JloraError: unknown keys (each with the nearest known name), values of a wrong type and
+            absent required keys, all at once, after `where`.
+    """
+    try:
+        return pydantic.TypeAdapter(cls).validate_python(values)
+    except pydantic.ValidationError as error:
+        problems = [_problem(cls, dict(e)) for e in error.errors()]
+        raise JloraError("\n".join([f"{where}:", *problems])) from None
+
+
+def _problem(cls: Any, error: dict[str, Any]) -> str:
+    """One line about one of pydantic's findings."""
+    *parents, last = error["loc"] or ("",)
+    key = ".".join(map(str, error["loc"]))
+    if error["type"] == "unexpected_keyword_argument":
+        for parent in parents:
+            cls = next(f.type for f in dataclasses.fields(cls) if f.name == parent)
+        return f"  unknown key {key!r}{nearest(last, [f.name for f in dataclasses.fields(cls)])}"
+    if error["type"] == "missing":
+        return f"  missing key {key!r}"
+    if isinstance(cause := error.get("ctx", {}).get("error"), JloraError):
+        return f"  {cause}"
+    return f"  {key!r}: {error['msg']}, got {error['input']!r}"
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain dict for TOML and JSON: paths as text, tuples as lists, None left out."""
+    result: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            result[field.name] = to_dict(value)
+        elif isinstance(value, Path):
+            result[field.name] = str(value)
+        elif isinstance(value, tuple):
+            result[field.name] = list(value)
+        elif value is not None:
+            result[field.name] = value
+    return result

@@ -1,0 +1,92 @@
+"""The model transform. Each function decides once, by type, which flavour of Flax it was given."""
+
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+from flax import nnx as flax_nnx
+
+from jlora import adapter, targets
+from jlora.config import LoraConfig
+from jlora.errors import JloraError
+from jlora.inject import nnx
+
+
+def inject(model: Any, config: LoraConfig, *, rngs: flax_nnx.Rngs) -> Any:
+    """Put low-rank factors beside the kernels that `config` targets.
+
+    Args:
+        model: a Flax NNX module; changed in place. Afterwards the model computes what it did before
+            until the factors are trained (B is zero), and they are `nnx.LoRAParam` variables.
+        config: which layers, which rank.
+        rngs: draws A from `params`, and dropout's keys from `dropout`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        JloraError: a pattern that matches no layer; a model that holds adapters already.
+    """
+    flavour = _flavour(model)
+    plan = targets.plan(config, flavour.find_sites(model), flavour.output_head(model))
+    flavour.attach(model, plan, config, rngs)
+    return model
+
+
+def eject(model: Any) -> Any:
+    """Take the factors out again, in place: the base model's bits and classes, as before `inject`."""
+    _flavour(model).eject(model)
+    return model
+
+
+def partition(model: Any, *, everything: bool = False) -> tuple[dict[str, Any], Any]:
+    """Split a model into what is trained and all the rest; `combine` is the exact inverse.
+
+    Args:
+        model: a Flax NNX module that `inject` has been given.
+        everything: take every parameter as trained (full fine-tuning), not only adapters.
+
+    Returns:
+        (adapters, base): path -> array, in the model's shape, and a pytree to hand to `combine`.
+        Both pass through jit; differentiate with respect to the first alone.
+    """
+    flavour = _flavour(model)
+    return flavour.partition(model, flax_nnx.Param) if everything else flavour.partition(model)
+
+
+def combine(adapters: Mapping[str, Any], base: Any) -> Any:
+    """The model made of `adapters` and `base`, as `partition` gave them; nothing is copied."""
+    return nnx.combine(adapters, base)
+
+
+def update(model: Any, adapters: Mapping[str, Any]) -> None:
+    """Set the values of trained leaves by path, in place."""
+    _flavour(model).update(model, adapters)
+
+
+def stacks(model: Any) -> dict[str, int]:
+    """Path of each stacked module -> number of its layers."""
+    return adapter.stacks_of(_flavour(model).find_sites(model))
+
+
+def plan(model: Any, config: LoraConfig) -> tuple[adapter.Target, ...]:
+    """What `inject` would adapt, without touching the model."""
+    flavour = _flavour(model)
+    return targets.plan(config, flavour.find_sites(model), flavour.output_head(model))
+
+
+def summary(model: Any) -> str:
+    """The line that PEFT prints: trainable and all parameters, and the first's share in percent."""
+    trainable, total = _flavour(model).count(model)
+    return (
+        f"trainable params: {trainable:,d} || all params: {total:,d} || "
+        f"trainable%: {100 * trainable / total:.4f}"
+    )
+
+
+def _flavour(model: Any) -> ModuleType:
+    if isinstance(model, flax_nnx.Module):
+        return nnx
+    if hasattr(model, "module") and hasattr(model, "params"):
+        raise JloraError(f"{type(model).__name__} wraps a Flax module: pass its .module")
+    raise JloraError(f"expected a flax.nnx.Module, got {type(model).__name__}")

@@ -1,0 +1,196 @@
+"""Flax NNX: find sites, put factors beside kernels, take them out again, and read the model as trees."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jlora import adapter
+from jlora.adapter import LORA_A, LORA_B, Site, Target
+from jlora.config import LoraConfig
+from jlora.errors import JloraError
+from jlora.inject.registry import LINEAR, Contraction
+
+REGISTRY: dict[type[nnx.Module], Contraction] = {nnx.Linear: LINEAR}
+
+
+def find_sites(model: nnx.Module) -> list[Site]:
+    """Every weight of `model` that can be adapted, in the order of the model's attributes."""
+    params = {path: leaf.shape for path, leaf in _variables(model, nnx.Param)}
+    sites = []
+    for path, module in _layers(model):
+        contraction = _contraction(module)
+        shape = getattr(module, contraction.weight).shape
+        extra = len(shape) - contraction.ndim
+        sites.append(
+            Site(
+                path="/".join(map(str, path)),
+                shape=shape,
+                contracting=tuple(axis + extra for axis in contraction.contracting),
+                output=tuple(axis + extra for axis in contraction.output),
+                batch=tuple(range(extra)),
+                stack=_stack(path, shape[:extra], params) if extra else None,
+                weight=contraction.weight,
+            )
+        )
+    return sites
+
+
+def output_head(model: nnx.Module) -> str | None:
+    """Path of the output projection: the model's `output_head`, or a layer called "lm_head"."""
+    named = getattr(model, "output_head", None)
+    if isinstance(named, str):
+        return named
+    paths = ["/".join(map(str, path)) for path, _ in _layers(model)]
+    return next((path for path in paths if path.split("/")[-1] == "lm_head"), None)
+
+
+def attach(
+    model: nnx.Module, targets: Sequence[Target], config: LoraConfig, rngs: nnx.Rngs
+) -> None:
+    """Add factors to the targeted layers, in place; paths, sharing and isinstance stay as they were.
+
+    Raises:
+        JloraError: the model holds adapters already.
+    """
+    if adapted(model):
+        raise JloraError(
+            "the model holds adapters already: jlora.eject(model) takes them out, "
+            "jlora.load_adapter replaces their values"
+        )
+    key = rngs.params()
+    modules = {"/".join(map(str, path)): module for path, module in _layers(model)}
+    for target in targets:
+        module: Any = modules[target.site.path]
+        factors = adapter.init_factors(key, target, config.init_lora_weights)
+        before = set(vars(module))
+        module.__class__ = _lora_class(type(module))
+        module.lora_a = nnx.LoRAParam(factors[LORA_A])
+        module.lora_b = nnx.LoRAParam(factors[LORA_B])
+        module.lora_scaling = target.scaling
+        module.lora_dropout = config.lora_dropout
+        if config.lora_dropout:
+            # One stream a stacked layer, so that a scan over layers slices it with the kernel.
+            shape = target.site.batch_shape
+            module.lora_rngs = rngs.dropout.split(shape) if shape else rngs.dropout.fork()
+            module.deterministic = False
+        module.lora_attributes = tuple(sorted(set(vars(module)) - before))
+
+
+def eject(model: nnx.Module) -> None:
+    """Take all factors out, in place, and give every layer its own class back."""
+    for _, module in adapted(model):
+        for name in (*module.lora_attributes, "lora_attributes"):
+            delattr(module, name)
+        module.__class__ = type(module).lora_base
+
+
+def adapted(model: nnx.Module) -> list[tuple[tuple, Any]]:
+    """(path, module) of every layer that holds factors."""
+    return [(p, m) for p, m in nnx.iter_modules(model) if isinstance(m, LoraLayer)]
+
+
+class LoraLayer:
+    """What an adapted layer's class has beside the layer's own class: the low-rank term."""
+
+    __slots__ = ()
+    lora_base: type[nnx.Module]
+
+    def lora_call(self: Any, x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+        """The layer's own output plus the low-rank term, in the dtype of that output."""
+        y = self.lora_base.__call__(self, x, *args, **kwargs)
+        if self.lora_dropout and not self.deterministic:
+            x = adapter.dropout(x, self.lora_dropout, self.lora_rngs())
+        return y + adapter.delta(
+            x, self.lora_a[...], self.lora_b[...], self.lora_scaling, dtype=y.dtype
+        )
+
+    def lora_reduce(self: Any) -> tuple:
+        """The class is made at run time: pickle its base, and make it again."""
+        return _blank, (self.lora_base,), self.__getstate__()
+
+
+@functools.cache
+def _lora_class(base: type[nnx.Module]) -> type[nnx.Module]:
+    # The layer's own class comes first: Python lets an instance change class only between classes
+    # of one memory layout, which is that of the first base. Hence methods in the body.
+    body = {
+        "lora_base": base,
+        "__call__": LoraLayer.lora_call,
+        "__reduce__": LoraLayer.lora_reduce,
+        "__module__": __name__,
+    }
+    return type(nnx.Module)(f"Lora{base.__name__}", (base, LoraLayer), body)
+
+
+def _blank(base: type[nnx.Module]) -> nnx.Module:
+    return object.__new__(_lora_class(base))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NnxBase:
+    """All of a model but its trained leaves, as a pytree that passes through jit."""
+
+    rest: Any
+    graphdef: Any = dataclasses.field(metadata={"static": True})
+    paths: tuple = dataclasses.field(metadata={"static": True})
+
+
+def partition(model: nnx.Module, trainable: Any = nnx.LoRAParam) -> tuple[dict[str, Any], NnxBase]:
+    """Split into (trained leaves by path, everything else); `combine` is the inverse."""
+    graphdef, trained, rest = nnx.split(model, trainable, ...)
+    flat = nnx.to_flat_state(trained)
+    paths = tuple(path for path, _ in flat)
+    leaves = {"/".join(map(str, path)): leaf.get_value() for path, leaf in flat}
+    return leaves, NnxBase(rest=rest, graphdef=graphdef, paths=paths)
+
+
+def combine(adapters: Mapping[str, Any], base: NnxBase) -> nnx.Module:
+    """A new model that holds the given leaves; no array is copied."""
+    flat = [(path, adapters["/".join(map(str, path))]) for path in base.paths]
+    # copy: new Variables (not arrays), or NNX refuses to update a random stream under jax.grad.
+    return nnx.merge(base.graphdef, nnx.from_flat_state(flat), base.rest, copy=True)
+
+
+def update(model: nnx.Module, adapters: Mapping[str, Any]) -> None:
+    """Set the values of the model's trained leaves, in place."""
+    for path, leaf in _variables(model, nnx.Param):
+        if (value := adapters.get("/".join(map(str, path)))) is not None:
+            leaf.set_value(value)
+
+
+def count(model: nnx.Module) -> tuple[int, int]:
+    """(trained, all) parameters; a shared weight counts once."""
+    sizes = [(isinstance(v, nnx.LoRAParam), v.size) for _, v in _variables(model, nnx.Param)]
+    return sum(size for trained, size in sizes if trained), sum(size for _, size in sizes)
+
+
+def _layers(model: nnx.Module) -> Iterator[tuple[tuple, nnx.Module]]:
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, tuple(REGISTRY)):
+            yield path, module
+
+
+def _contraction(module: nnx.Module) -> Contraction:
+    return next(REGISTRY[cls] for cls in type(module).__mro__ if cls in REGISTRY)
+
+
+def _variables(model: nnx.Module, kind: Any) -> list[tuple[tuple, Any]]:
+    return list(nnx.to_flat_state(nnx.state(model, kind)))
+
+
+def _stack(path: tuple, sizes: tuple[int, ...], params: dict[tuple, tuple[int, ...]]) -> str:
+    """The outermost module above `path` all of whose parameters lead with the stacked axis."""
+    if len(sizes) > 1:
+        raise JloraError(
+            f"{'/'.join(map(str, path))} has {len(sizes)} stacked axes {sizes}; one is supported"
+        )
+    for depth in range(len(path) + 1):
+        below = [shape for p, shape in params.items() if p[:depth] == path[:depth]]
+        if all(shape[:1] == sizes for shape in below):
+            return "/".join(map(str, path[:depth]))
+    raise AssertionError("a stacked layer's own parameters lead with its stacked axis")
