@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -298,6 +299,12 @@ def test_other_files_are_refused(tmp_path):
     big = write(tmp_path / "big.gguf", endianess=gguf.GGUFEndian.BIG)
     with pytest.raises(JloraError, match="big-endian"):
         convert(big, tmp_path / "hf")
+
+
+def test_missing_library_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(JloraError, match="needs the gguf package: pip install gguf"):
+        convert(tmp_path / "m.gguf", tmp_path / "hf")
 
 
 def test_an_occupied_target_is_left_alone(tmp_path):

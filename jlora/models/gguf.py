@@ -71,7 +71,7 @@ _REFUSED_TENSORS = {
     " (factor, low and high frequency factors) a GGUF doesn't keep",
 }
 # GGUF key, after the architecture's prefix -> config.json key. Their types are what is accepted.
-_CONFIG_KEYS: dict[str, tuple[str, type]] = {
+_CONFIG_KEYS: dict[str, tuple[str, type[int] | type[float]]] = {
     "block_count": ("num_hidden_layers", int),
     "context_length": ("max_position_embeddings", int),
     "embedding_length": ("hidden_size", int),
