@@ -156,6 +156,14 @@ def layer_path(path: str, stack: str | None, index: int) -> str:
     return "/".join(part for part in (stack, str(index), rest) if part)
 
 
+def layer_paths(path: str, stacks: Mapping[str, int]) -> list[str]:
+    """The canonical paths of a leaf: one for each layer of its stack, or just itself."""
+    stack = _stack_of(path, stacks)
+    if stack is None:
+        return [path]
+    return [layer_path(path, stack, i) for i in range(stacks[stack])]
+
+
 def unstack(flat: Mapping[str, Any], stacks: Mapping[str, int]) -> dict[str, Any]:
     """To the canonical form: per-layer paths and leaves, whatever the model's layout.
 
@@ -165,12 +173,8 @@ def unstack(flat: Mapping[str, Any], stacks: Mapping[str, int]) -> dict[str, Any
     """
     result = {}
     for path, leaf in flat.items():
-        stack = _stack_of(path, stacks)
-        if stack is None:
-            result[path] = leaf
-        else:
-            for i in range(stacks[stack]):
-                result[layer_path(path, stack, i)] = leaf[i]
+        layers = layer_paths(path, stacks)
+        result.update({path: leaf} if layers == [path] else dict(zip(layers, leaf, strict=True)))
     return result
 
 

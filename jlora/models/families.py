@@ -1,0 +1,123 @@
+"""Hugging Face configurations and parameter names of the families that the decoder can be."""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jlora.errors import JloraError
+from jlora.models.transformer import ModelConfig
+
+# architecture -> what differs from Llama without biases, read from its config.json
+FAMILIES: dict[str, Callable[[Mapping[str, Any]], dict[str, bool]]] = {
+    "LlamaForCausalLM": lambda c: {
+        "qkv_bias": c.get("attention_bias", False),
+        "o_bias": c.get("attention_bias", False),
+        "mlp_bias": c.get("mlp_bias", False),
+    },
+    "MistralForCausalLM": lambda c: {},
+    "Qwen2ForCausalLM": lambda c: {"qkv_bias": True},
+    "Qwen3ForCausalLM": lambda c: {
+        "qkv_bias": c.get("attention_bias", False),
+        "o_bias": c.get("attention_bias", False),
+        "qk_norm": True,
+    },
+}
+
+# our leaf's name -> (Hugging Face's, whether the matrix is transposed)
+_LEAVES = {
+    "kernel": ("weight", True),  # nnx.Linear keeps (in, out), torch (out, in)
+    "embedding": ("weight", False),
+    "weight": ("weight", False),
+    "bias": ("bias", False),
+}
+
+
+def hf_name(path: str) -> tuple[str, bool]:
+    """("model/layers/0/mlp/up_proj/kernel") -> ("model.layers.0.mlp.up_proj.weight", True)."""
+    *parents, leaf = path.split("/")
+    name, transposed = _LEAVES[leaf]
+    return ".".join([*parents, name]), transposed
+
+
+def read_config(model_dir: Path) -> ModelConfig:
+    """Read config.json.
+
+    Raises:
+        JloraError: no such file, no JSON, missing keys (all named), an unsupported architecture,
+            activation, sliding window or kind of rotary scaling.
+    """
+    file = model_dir / "config.json"
+    if not file.is_file():
+        raise JloraError(
+            f"{file} does not exist; --model takes a Hugging Face model directory "
+            "(config.json, *.safetensors, tokenizer.json): see jlora fetch and jlora convert"
+        )
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise JloraError(f"{file} is not JSON: {error}; fetch the model again") from None
+    architecture = (config.get("architectures") or [None])[0]
+    if architecture not in FAMILIES:
+        raise JloraError(
+            f"{file}: architecture {architecture!r} is not supported; these are: "
+            f"{', '.join(FAMILIES)}"
+        )
+    _refuse(file, config)
+    required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                "num_attention_heads", "rms_norm_eps")  # fmt: skip
+    if absent := [key for key in required if key not in config]:
+        raise JloraError(f"{file}: missing {', '.join(absent)}; fetch the model again")
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    return ModelConfig(
+        **{key: config[key] for key in required},
+        num_key_value_heads=config.get("num_key_value_heads") or heads,
+        head_dim=head_dim,
+        inv_freq=_inv_freq(file, config, head_dim),
+        tie_word_embeddings=config.get("tie_word_embeddings", False),
+        **FAMILIES[architecture](config),
+    )
+
+
+def _refuse(file: Path, config: Mapping[str, Any]) -> None:
+    """Say no to what the decoder would silently compute otherwise."""
+    problems = []
+    if (act := config.get("hidden_act", "silu")) != "silu":
+        problems.append(f"hidden_act {act!r} (only 'silu')")
+    if config.get("sliding_window") and config.get("use_sliding_window", True):
+        problems.append(f"sliding_window {config['sliding_window']} (only null)")
+    if config.get("quantization_config"):
+        problems.append("quantization_config (only unquantised weights)")
+    if problems:
+        raise JloraError(f"{file}: not supported: {'; '.join(problems)}")
+
+
+def _inv_freq(file: Path, config: Mapping[str, Any], head_dim: int) -> tuple[float, ...]:
+    """Rotary frequencies; transformers 5 writes rope_parameters, older ones rope_theta/_scaling."""
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    theta = rope.get("rope_theta") or config.get("rope_theta", 10000.0)
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    freq = (1.0 / np.float32(theta) ** exponents).astype(np.float32)
+    if kind == "linear":
+        freq = freq / np.float32(rope["factor"])
+    elif kind == "llama3":
+        freq = _llama3(freq, rope)
+    elif kind != "default":
+        raise JloraError(
+            f"{file}: rotary scaling {kind!r} is not supported; these are: default, linear, llama3"
+        )
+    return tuple(float(f) for f in freq)
+
+
+def _llama3(freq: np.ndarray, rope: Mapping[str, Any]) -> np.ndarray:
+    """Llama 3.1's scaling: long wavelengths divided by `factor`, short kept, between interpolated."""
+    factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
+    original = rope["original_max_position_embeddings"]
+    wavelength = 2 * math.pi / freq
+    smooth = np.clip((original / wavelength - low) / (high - low), 0, 1)
+    return ((1 - smooth) * freq / factor + smooth * freq).astype(np.float32)

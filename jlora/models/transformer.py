@@ -1,0 +1,299 @@
+"""One pre-norm decoder in Flax NNX for the Llama family; attribute names are Hugging Face's.
+
+Layers are a list (unrolled) or one module whose parameters have a leading layer axis (stacked, and
+run by a scan). Linear layers are stock `nnx.Linear`, so that adapters know how to enter them.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from jlora.models.attention import attention, rotary_tables, rotate
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of a decoder. Field names are those of a Hugging Face config.json."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    inv_freq: tuple[float, ...]
+    """Rotary frequencies, radians a position, (head_dim / 2,)."""
+    tie_word_embeddings: bool
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    """RMS norms on each head's queries and keys (Qwen3)."""
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm in float32 (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+
+    def __init__(self, size: int, eps: float, param_dtype: Any):
+        self.weight = nnx.Param(jnp.ones((size,), param_dtype))
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        """(..., D) -> (..., D), in x's dtype."""
+        x32 = x.astype(jnp.float32)
+        variance = jnp.mean(x32 * x32, axis=-1, keepdims=True)
+        return self.weight[...].astype(x.dtype) * (x32 * jax.lax.rsqrt(variance + self.eps)).astype(
+            x.dtype
+        )
+
+
+class KVCache(NamedTuple):
+    """Keys and values so far: (B, S, K, H) a layer, stacked as the layers are, else in a tuple."""
+
+    keys: Array | tuple[Array, ...]
+    values: Array | tuple[Array, ...]
+    length: Array
+    """int32 (): slots in use."""
+
+
+class Context(NamedTuple):
+    """What every layer of one forward pass shares."""
+
+    cos: Array
+    sin: Array
+    mask: Array
+    """bool (B, T, S)."""
+    slot: Array | None
+    """First cache slot that is written, int32 (), or None without a cache."""
+
+
+class Attention(nnx.Module):
+    """Grouped-query self-attention with rotary positions."""
+
+    def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs):
+        c = config
+        linear = functools.partial(nnx.Linear, dtype=dtype, param_dtype=dtype, rngs=rngs)
+        queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        self.q_proj = linear(c.hidden_size, queries, use_bias=c.qkv_bias)
+        self.k_proj = linear(c.hidden_size, keys, use_bias=c.qkv_bias)
+        self.v_proj = linear(c.hidden_size, keys, use_bias=c.qkv_bias)
+        self.o_proj = linear(queries, c.hidden_size, use_bias=c.o_bias)
+        if c.qk_norm:
+            self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps, dtype)
+            self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps, dtype)
+        self.config = config
+
+    def __call__(
+        self, x: Array, ctx: Context, cache: tuple[Array, Array] | None
+    ) -> tuple[Array, tuple[Array, Array] | None]:
+        """(B, T, D) -> (B, T, D), and this layer's keys and values if there is a cache."""
+        heads = (*x.shape[:2], -1, self.config.head_dim)
+        q = self.q_proj(x).reshape(heads)
+        k = self.k_proj(x).reshape(heads)
+        v = self.v_proj(x).reshape(heads)
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, ctx.cos, ctx.sin), rotate(k, ctx.cos, ctx.sin)
+        if cache is not None:
+            k, v = (
+                jax.lax.dynamic_update_slice_in_dim(old, new, ctx.slot, axis=1)
+                for old, new in zip(cache, (k, v), strict=True)
+            )
+            cache = (k, v)
+        out = attention(q, k, v, ctx.mask)
+        return self.o_proj(out.reshape(*x.shape[:2], -1)), cache
+
+
+class MLP(nnx.Module):
+    """SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs):
+        linear = functools.partial(
+            nnx.Linear, use_bias=config.mlp_bias, dtype=dtype, param_dtype=dtype, rngs=rngs
+        )
+        self.gate_proj = linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = linear(config.intermediate_size, config.hidden_size)
+
+    def __call__(self, x: Array) -> Array:
+        """(..., D) -> (..., D)."""
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nnx.Module):
+    """Attention and MLP, each after a norm and added to its input."""
+
+    def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs):
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.self_attn = Attention(config, dtype, rngs)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.mlp = MLP(config, dtype, rngs)
+
+    def __call__(
+        self, x: Array, ctx: Context, cache: tuple[Array, Array] | None
+    ) -> tuple[Array, tuple[Array, Array] | None]:
+        """(B, T, D) -> (B, T, D), and the layer's cache."""
+        attended, cache = self.self_attn(self.input_layernorm(x), ctx, cache)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), cache
+
+
+def _run(
+    layer: Block, x: Array, ctx: Context, cache: tuple[Array, Array] | None
+) -> tuple[Array, tuple[Array, Array] | None]:
+    return layer(x, ctx, cache)
+
+
+_run_remat = nnx.remat(_run)
+
+
+class Transformer(nnx.Module):
+    """Embedding, layers and final norm."""
+
+    def __init__(
+        self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs, *, scan_layers: bool, remat: bool
+    ):
+        self.embed_tokens = nnx.Embed(
+            config.vocab_size, config.hidden_size, dtype=dtype, param_dtype=dtype, rngs=rngs
+        )
+        if scan_layers:
+            stacked = nnx.vmap(lambda rngs: Block(config, dtype, rngs), in_axes=0)
+            keys = jax.random.split(rngs.params(), config.num_hidden_layers)
+            self.layers = stacked(nnx.Rngs(params=keys))
+        else:
+            self.layers = nnx.List(
+                [Block(config, dtype, rngs) for _ in range(config.num_hidden_layers)]
+            )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.config, self.scan_layers, self.remat = config, scan_layers, remat
+
+    def __call__(
+        self, tokens: Array, positions: Array, mask: Array, cache: KVCache | None
+    ) -> tuple[Array, KVCache | None]:
+        """int32 (B, T) tokens and positions, bool (B, T, S) mask -> (B, T, D), and the cache."""
+        x = self.embed_tokens(tokens)
+        cos, sin = rotary_tables(positions, jnp.asarray(self.config.inv_freq, jnp.float32), x.dtype)
+        ctx = Context(cos, sin, mask, None if cache is None else cache.length)
+        run = _run_remat if self.remat and cache is None else _run
+        layer_caches = None if cache is None else (cache.keys, cache.values)
+        if self.scan_layers:
+            scan = nnx.scan(
+                lambda x, layer, ctx, layer_cache: run(layer, x, ctx, layer_cache),
+                in_axes=(nnx.Carry, 0, None, 0),
+                out_axes=(nnx.Carry, 0),
+            )
+            x, layer_caches = scan(x, self.layers, ctx, layer_caches)
+        else:
+            caches = []
+            for i, layer in enumerate(self.layers):
+                one = None if layer_caches is None else (layer_caches[0][i], layer_caches[1][i])
+                x, one = run(layer, x, ctx, one)
+                caches.append(one)
+            if cache is not None:
+                layer_caches = tuple(zip(*caches, strict=True))
+        if cache is not None:
+            cache = KVCache(*layer_caches, cache.length + tokens.shape[1])
+        return self.norm(x), cache
+
+
+class CausalLM(nnx.Module):
+    """A decoder with its output projection, tied to the embedding or not."""
+
+    output_head = "lm_head"  # what target_modules="all-linear" leaves out
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: Any = jnp.float32,
+        scan_layers: bool = False,
+        remat: bool = False,
+    ):
+        self.model = Transformer(config, dtype, rngs, scan_layers=scan_layers, remat=remat)
+        if not config.tie_word_embeddings:
+            self.lm_head = nnx.Linear(
+                config.hidden_size,
+                config.vocab_size,
+                use_bias=False,
+                dtype=dtype,
+                param_dtype=dtype,
+                rngs=rngs,
+            )
+        self.config, self.dtype = config, dtype
+
+    def __call__(self, tokens: Array, mask: Array | None = None) -> Array:
+        """Next-token logits.
+
+        Args:
+            tokens: int32 (B, T).
+            mask: bool (B, T), False for padding, on either side; None means no padding.
+
+        Returns:
+            float32 (B, T, V); at padding the values mean nothing.
+        """
+        return self.logits(self.hidden(tokens, mask))
+
+    def hidden(self, tokens: Array, mask: Array | None = None) -> Array:
+        """The last layer's normalised states, (B, T, D); arguments as for `__call__`."""
+        if mask is None:
+            mask = jnp.ones(tokens.shape, bool)
+        causal = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))
+        return self.model(tokens, _positions(mask), causal & mask[:, None, :], None)[0]
+
+    def extend(
+        self, tokens: Array, positions: Array, valid: Array, cache: KVCache
+    ) -> tuple[Array, KVCache]:
+        """States of the tokens that follow those in the cache.
+
+        Args:
+            tokens: int32 (B, T).
+            positions: int32 (B, T).
+            valid: bool (B, S), True for cache slots that hold a real token, the new ones included.
+            cache: its slots from `length` on are written.
+
+        Returns:
+            (B, T, D), and the longer cache.
+        """
+        slots = cache.length + jnp.arange(tokens.shape[1])
+        causal = jnp.arange(valid.shape[1])[None, :] <= slots[:, None]
+        hidden, cache = self.model(tokens, positions, causal & valid[:, None, :], cache)
+        return hidden, cache
+
+    def init_cache(self, batch: int, slots: int) -> KVCache:
+        """An empty cache for `slots` tokens a row."""
+        c = self.config
+        shape, layers = (batch, slots, c.num_key_value_heads, c.head_dim), c.num_hidden_layers
+
+        def zeros() -> Array | tuple[Array, ...]:
+            if self.model.scan_layers:
+                return jnp.zeros((layers, *shape), self.dtype)
+            return tuple(jnp.zeros(shape, self.dtype) for _ in range(layers))
+
+        return KVCache(zeros(), zeros(), jnp.zeros((), jnp.int32))
+
+    def head_weight(self) -> Array:
+        """The output projection, (V, D)."""
+        if self.config.tie_word_embeddings:
+            return self.model.embed_tokens.embedding[...]
+        return self.lm_head.kernel[...].T
+
+    def logits(self, hidden: Array) -> Array:
+        """(..., D) -> float32 (..., V)."""
+        if self.config.tie_word_embeddings:
+            return jnp.einsum(
+                "...d,vd->...v", hidden, self.head_weight(), preferred_element_type=jnp.float32
+            )
+        return self.lm_head(hidden).astype(jnp.float32)
+
+
+def _positions(mask: Array) -> Array:
+    """Count real tokens only, so that padding on the left shifts nothing."""
+    return jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
