@@ -140,7 +140,7 @@ class TestBatches:
         assert alone.batch_at(1).tokens.shape == (2, 8)
 
     def test_only_as_many_shapes_as_padding_asks_for(self) -> None:
-        assert len(Batches(examples([60, 62, 64] * 8), 4).shapes) == 1
+        assert len(Batches(examples([56, 64] * 16), 4).shapes) == 1
         assert len(Batches(examples([8, 64] * 16), 4).shapes) == 2
 
     @pytest.mark.parametrize(

@@ -99,6 +99,7 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict:
         "rewrites": load(REWRITES),
         "opens": load(OPENS),
         "refuses": load(REFUSES),
+        "bare": load("{% for m in messages %}{{ m.content if m.role == 'assistant' }}{% endfor %}"),
     }
 
 
@@ -195,6 +196,11 @@ class TestMask:
     def test_a_token_that_straddles_the_edge_is_trained(self, tokenizers: dict) -> None:
         example = encode(conversation("a", "\nb"), tokenizers["chatml"], 100)
         assert show_mask(example, tokenizers["chatml"]).endswith("assistant[[\n\nb<|im_end|>]]\n")
+
+    def test_the_first_token_is_not_trained(self, tokenizers: dict) -> None:
+        # Here the answer is all there is, and its first token has nothing to be predicted from.
+        example = encode(conversation("a", "bcd"), tokenizers["bare"], 100)
+        assert show_mask(example, tokenizers["bare"]) == "b[[cd<|eos|>]]"
 
     def test_turns_after_the_last_answer_are_not_trained(self, tokenizers: dict) -> None:
         example = encode(conversation("a", "b", "c"), tokenizers["chatml"], 100)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from jlora.data.source import Record, has_split, load_records, read_labels
@@ -74,6 +74,7 @@ def test_windows_signature_and_line_ends(tmp_path: Path) -> None:
     assert load_records(path) == [Record(CHAT, "x.jsonl:1")]
 
 
+@example(contents=["line\u2028separator", "next\x85line"])
 @given(contents=st.lists(st.text(), min_size=1, max_size=4))
 def test_any_text_survives(contents: list[str], tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("text") / "x.jsonl"

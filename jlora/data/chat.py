@@ -293,16 +293,12 @@ def _tokenise(texts: list[str], tokenizer: Tokenizer) -> list[tuple[np.ndarray, 
 
 def _trained(offsets: np.ndarray, spans: list[tuple[int, int]]) -> np.ndarray:
     """Return bool (T,): which tokens hold at least one character of a span."""
+    # Byte-level tokenizers may leave white space out at a token's start, so that a token of white
+    # space alone begins where it ends. It counts all the same, as no span ends in white space.
     trained = np.zeros(len(offsets), bool)
-    if not len(offsets):
-        return trained
-    ends = offsets[:, 1]
-    # Byte-level tokenizers may leave the space before a word out of its token's offsets. The space
-    # is the token's all the same: a token begins no later than where the one before it ended.
-    starts = np.minimum(offsets[:, 0], np.concatenate([[0], ends[:-1]]))
     for start, end in spans:
-        trained |= (starts < end) & (ends > start)
-    trained[0] = False  # there is nothing to predict it from
+        trained |= (offsets[:, 0] < end) & (offsets[:, 1] > start)
+    trained[:1] = False  # there is nothing to predict the first token from
     return trained
 
 

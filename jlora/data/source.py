@@ -344,8 +344,8 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, object]]:
                 f"{path}: cannot be read as Parquet: {_cause(error)}. Write it again, or convert "
                 "it to .jsonl."
             ) from error
-        for i, row in enumerate(rows):
-            yield f"{path.name} row {i}", row
+    for i, row in enumerate(rows):
+        yield f"{path.name} row {i}", row
 
 
 def _read_hub(source: str, split: str) -> Iterator[tuple[str, object]]:
