@@ -1,0 +1,17 @@
+"""LoRA and QLoRA fine-tuning of Flax models, in pure JAX."""
+
+from jlora.adapters import import_peft as import_peft
+from jlora.adapters import load_adapter as load_adapter
+from jlora.checkpoint import save_adapter as save_adapter
+from jlora.config import LoraConfig as LoraConfig
+from jlora.errors import JloraError as JloraError
+from jlora.generate import generate as generate
+from jlora.injection import combine as combine
+from jlora.injection import eject as eject
+from jlora.injection import inject as inject
+from jlora.injection import partition as partition
+from jlora.injection import summary as summary
+from jlora.models.load import load as load
+from jlora.peft import export_peft as export_peft
+
+__version__ = "0.1.0"

@@ -13,7 +13,7 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jlora import adapter, inject, paths
+from jlora import adapter, injection, paths
 from jlora.errors import JloraError
 from jlora.models import families
 from jlora.models.transformer import CausalLM
@@ -48,20 +48,20 @@ def load(
             config, rngs=nnx.Rngs(0), dtype=dtype, scan_layers=scan_layers, remat=remat
         )
     )
-    leaves, base = inject.partition(abstract, everything=True)
-    stacks = inject.stacks(abstract)
+    leaves, base = injection.partition(abstract, everything=True)
+    stacks = injection.stacks(abstract)
     with ExitStack() as files:
         tensors = {name: file for name, file in _open(model_dir, files)}
         _check(model_dir, leaves, stacks, tensors, config.tie_word_embeddings)
         loaded = {path: _read(path, leaf, stacks, tensors) for path, leaf in leaves.items()}
-    return inject.combine(loaded, base)
+    return injection.combine(loaded, base)
 
 
 def save(model: CausalLM, to: Path) -> None:
     """Write the model's weights to `to`/model.safetensors under Hugging Face's names, in its dtype."""
-    leaves, _ = inject.partition(model, everything=True)
+    leaves, _ = injection.partition(model, everything=True)
     tensors = {}
-    for path, leaf in adapter.unstack(leaves, inject.stacks(model)).items():
+    for path, leaf in adapter.unstack(leaves, injection.stacks(model)).items():
         name, transposed = families.hf_name(path)
         array = np.asarray(leaf)
         tensors[name] = np.ascontiguousarray(array.T if transposed else array)

@@ -12,7 +12,7 @@ from jlora import adapter
 from jlora.adapter import LORA_A, LORA_B, Site, Target
 from jlora.config import LoraConfig
 from jlora.errors import JloraError
-from jlora.inject.registry import LINEAR, Contraction
+from jlora.injection.registry import LINEAR, Contraction
 
 REGISTRY: dict[type[nnx.Module], Contraction] = {nnx.Linear: LINEAR}
 
@@ -67,7 +67,7 @@ def attach(
         module: Any = modules[target.site.path]
         factors = adapter.init_factors(key, target, config.init_lora_weights)
         before = set(vars(module))
-        module.__class__ = _lora_class(type(module))
+        _set_class(module, _lora_class(type(module)))
         module.lora_a = nnx.LoRAParam(factors[LORA_A])
         module.lora_b = nnx.LoRAParam(factors[LORA_B])
         module.lora_scaling = target.scaling
@@ -85,7 +85,7 @@ def eject(model: nnx.Module) -> None:
     for _, module in adapted(model):
         for name in (*module.lora_attributes, "lora_attributes"):
             delattr(module, name)
-        module.__class__ = type(module).lora_base
+        _set_class(module, type(module).lora_base)
 
 
 def adapted(model: nnx.Module) -> list[tuple[tuple, Any]]:
@@ -124,6 +124,10 @@ def _lora_class(base: type[nnx.Module]) -> type[nnx.Module]:
         "__module__": __name__,
     }
     return type(nnx.Module)(f"Lora{base.__name__}", (base, LoraLayer), body)
+
+
+def _set_class(module: nnx.Module, cls: type) -> None:
+    object.__setattr__(module, "__class__", cls)  # NNX's own would note it as an attribute
 
 
 def _blank(base: type[nnx.Module]) -> nnx.Module:

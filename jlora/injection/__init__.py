@@ -9,7 +9,7 @@ from flax import nnx as flax_nnx
 from jlora import adapter, targets
 from jlora.config import LoraConfig
 from jlora.errors import JloraError
-from jlora.inject import nnx
+from jlora.injection import nnx
 
 
 def inject(model: Any, config: LoraConfig, *, rngs: flax_nnx.Rngs) -> Any:
@@ -64,9 +64,14 @@ def update(model: Any, adapters: Mapping[str, Any]) -> None:
     _flavour(model).update(model, adapters)
 
 
+def sites(model: Any) -> list[adapter.Site]:
+    """Every weight of the model that can be adapted."""
+    return _flavour(model).find_sites(model)
+
+
 def stacks(model: Any) -> dict[str, int]:
     """Path of each stacked module -> number of its layers."""
-    return adapter.stacks_of(_flavour(model).find_sites(model))
+    return adapter.stacks_of(sites(model))
 
 
 def plan(model: Any, config: LoraConfig) -> tuple[adapter.Target, ...]:

@@ -1,0 +1,101 @@
+"""Adapters on disk as Orbax checkpoints, in one canonical form: per-layer paths, whatever the model's.
+
+A checkpoint is a directory of two items: `adapters` (path -> factor) and `meta` (JSON: schema version,
+LoRA configuration). The checkpoints of a run hold the same two and more, so both read alike.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+from jax import Array
+
+from jlora import adapter, config, injection
+from jlora.errors import JloraError
+
+SCHEMA_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredAdapter:
+    """An adapter as read from disk, before it meets a model."""
+
+    config: config.LoraConfig
+    factors: dict[str, Array]
+    """Canonical path -> array: lora_a (r, *in), lora_b (r, *out)."""
+    where: str
+    """For messages."""
+
+
+def save_adapter(path: str | Path, model: Any, config: config.LoraConfig) -> None:
+    """Write the adapters of `model`, and nothing of its base, to the new directory `path`.
+
+    Args:
+        path: appears whole or not at all.
+        model: a model that `inject` has been given.
+        config: the configuration that it was given.
+
+    Raises:
+        JloraError: `path` exists; the model holds no adapters.
+    """
+    path = Path(path).absolute()
+    if path.exists():
+        raise JloraError(f"{path} exists already; save to a new directory")
+    trained, _ = injection.partition(model)
+    if not trained:
+        raise JloraError("the model holds no adapters: jlora.inject(model, config, rngs=...) first")
+    factors = adapter.unstack(trained, injection.stacks(model))
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        checkpointer.save(
+            path,
+            args=ocp.args.Composite(
+                adapters=ocp.args.StandardSave(factors), meta=ocp.args.JsonSave(lora_meta(config))
+            ),
+        )
+
+
+def lora_meta(lora: config.LoraConfig) -> dict[str, Any]:
+    """What `meta` says of every adapter."""
+    return {"schema_version": SCHEMA_VERSION, "method": "lora", "lora": config.to_dict(lora)}
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether `path` is one checkpoint: of an adapter, or one step of a run."""
+    return (path / "adapters").is_dir() and (path / "meta").is_dir()
+
+
+def read_adapter(path: str | Path) -> StoredAdapter:
+    """Read what `save_adapter` wrote, or one checkpoint of a run.
+
+    Raises:
+        JloraError: no such checkpoint; another schema version; a run of full fine-tuning.
+    """
+    path = Path(path).absolute()
+    if not is_adapter(path):
+        raise JloraError(f"{path} is no adapter checkpoint: it lacks adapters/ and meta/")
+    handler = ocp.CompositeCheckpointHandler()
+    with ocp.Checkpointer(handler) as checkpointer:
+        read = checkpointer.restore(
+            path,
+            args=ocp.args.Composite(
+                adapters=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore()
+            ),
+        )
+    check_schema(read.meta, path)
+    if read.meta["method"] != "lora":
+        raise JloraError(f"{path} holds all weights of a model, not an adapter")
+    return StoredAdapter(
+        config=config.from_dict(config.LoraConfig, read.meta["lora"], where=f"{path}/meta"),
+        factors=read.adapters,
+        where=str(path),
+    )
+
+
+def check_schema(meta: dict[str, Any], path: Path) -> None:
+    """Refuse a checkpoint that this version cannot read."""
+    if meta.get("schema_version") != SCHEMA_VERSION:
+        raise JloraError(
+            f"{path} has schema version {meta.get('schema_version')!r}; this jlora reads "
+            f"{SCHEMA_VERSION}: use the version of jlora that wrote it"
+        )

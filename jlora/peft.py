@@ -1,0 +1,204 @@
+"""The PEFT format: adapter_config.json and adapter_model.safetensors, in both directions.
+
+Our paths are Hugging Face's names with "/" for ".", so that names need no table; the factors differ
+from torch's only in B, which PEFT keeps as (out, r).
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from jlora import adapter, config, injection
+from jlora.adapter import LORA_A, LORA_B, Site, Target
+from jlora.checkpoint import StoredAdapter
+from jlora.errors import JloraError
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+
+_PREFIX = "base_model.model."
+_SUFFIXES = {LORA_A: "lora_A.weight", LORA_B: "lora_B.weight"}
+
+# Settings of PEFT that change nothing in what an adapter computes.
+_INERT = {
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights",
+    "peft_type", "peft_version", "revision", "runtime_config", "ensure_weight_tying",
+    "low_cpu_mem_usage", "corda_config", "eva_config", "loftq_config", "lora_ga_config",
+}  # fmt: skip
+# Other ways of initialising change the base weights whenever the adapter is loaded.
+_BASE_KEPT = (None, True, False, "gaussian", "orthogonal", "eva")
+_READ = (
+    "r", "lora_alpha", "target_modules", "exclude_modules", "lora_dropout", "layers_to_transform",
+    "rank_pattern", "alpha_pattern", "use_rslora", "task_type",
+)  # fmt: skip
+_NEUTRAL: dict[str, Any] = {"bias": "none", "megatron_core": "megatron.core"}
+
+
+def export_peft(
+    path: str | Path,
+    model: Any,
+    config: config.LoraConfig,
+    *,
+    base_model: str | None = None,
+) -> None:
+    """Write the adapters of `model` as a PEFT directory.
+
+    Args:
+        path: a directory; an adapter that it holds already is replaced.
+        model: a model that `inject` has been given.
+        config: the configuration that it was given.
+        base_model: name or directory of the base model, for those who load the adapter.
+
+    Raises:
+        JloraError: the model holds no adapters, or others than `config` says.
+    """
+    targets = injection.plan(model, config)
+    trained, _ = injection.partition(model)
+    _check_shapes(trained, targets)
+    factors = adapter.unstack(trained, injection.stacks(model))
+    tensors = {_key(name): _to_torch(name, np.asarray(leaf)) for name, leaf in factors.items()}
+    settings = _peft_config(config, targets, injection.sites(model), base_model)
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path) as scratch:
+        weights, text = Path(scratch, WEIGHTS_FILE), Path(scratch, CONFIG_FILE)
+        save_file(tensors, weights, metadata={"format": "pt"})
+        text.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        weights.chmod(text.stat().st_mode)  # safetensors makes files that only the owner reads
+        os.replace(weights, path / WEIGHTS_FILE)
+        os.replace(text, path / CONFIG_FILE)
+
+
+def read_peft(path: str | Path) -> StoredAdapter:
+    """Read a PEFT directory.
+
+    Raises:
+        JloraError: files that are missing or unreadable; settings that are not supported, all by
+            name; tensors that belong to no LoRA factor.
+    """
+    path = Path(path)
+    lora = _read_config(path / CONFIG_FILE)
+    file = path / WEIGHTS_FILE
+    if not file.is_file():
+        raise JloraError(f"{file} does not exist; pickled adapters (.bin) are not read: save the "
+                         "adapter again with safetensors")  # fmt: skip
+    try:
+        with safe_open(file, framework="np") as tensors:
+            found = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise JloraError(
+            f"{file} is truncated or no safetensors file ({error}); copy it again"
+        ) from None
+    factors, strangers = {}, []
+    for key, tensor in found.items():
+        name = _name(key)
+        if name is None:
+            strangers.append(key)
+        else:
+            factors[name] = jnp.asarray(_from_torch(name, tensor))
+    if strangers:
+        raise JloraError(f"{file} holds tensors that are no LoRA factors of linear layers: "
+                         f"{', '.join(sorted(strangers)[:10])}")  # fmt: skip
+    return StoredAdapter(config=lora, factors=factors, where=str(path))
+
+
+def _key(name: str) -> str:
+    module, _, factor = name.rpartition("/")
+    return f"{_PREFIX}{module.replace('/', '.')}.{_SUFFIXES[factor]}"
+
+
+def _name(key: str) -> str | None:
+    for factor, suffix in _SUFFIXES.items():
+        if key.startswith(_PREFIX) and key.endswith("." + suffix):
+            module = key.removeprefix(_PREFIX).removesuffix("." + suffix)
+            return f"{module.replace('.', '/')}/{factor}"
+    return None
+
+
+def _to_torch(name: str, factor: np.ndarray) -> np.ndarray:
+    """(r, *in) -> (r, in) for A; (r, *out) -> (out, r) for B."""
+    flat = factor.reshape(factor.shape[0], -1)
+    return np.ascontiguousarray(flat.T if name.endswith(LORA_B) else flat)
+
+
+def _from_torch(name: str, factor: np.ndarray) -> np.ndarray:
+    return factor.T if name.endswith(LORA_B) else factor
+
+
+def _check_shapes(trained: Mapping[str, Any], targets: Sequence[Target]) -> None:
+    expected = {
+        f"{t.site.path}/{factor}": shape for t in targets for factor, shape in t.shapes.items()
+    }
+    found = {path: leaf.shape for path, leaf in trained.items()}
+    if expected != found:
+        differing = sorted(set(expected.items()) ^ set(found.items()))[:5]
+        raise JloraError(
+            f"the model's adapters are not those of the configuration: {differing}; "
+            "pass the LoraConfig that the model was injected with"
+        )
+
+
+def _peft_config(
+    lora: config.LoraConfig,
+    targets: Sequence[Target],
+    sites: Sequence[Site],
+    base_model: str | None,
+) -> dict[str, Any]:
+    """Resolved to names: patterns, exclusions and layer choices are written as what they chose."""
+    named = {name.replace("/", "."): target for name, target in adapter.iter_names(targets)}
+    return {
+        "peft_type": "LORA",
+        "task_type": lora.task_type,
+        "base_model_name_or_path": base_model,
+        "r": lora.r,
+        "lora_alpha": lora.lora_alpha,
+        "target_modules": _target_names(named, sites),
+        "lora_dropout": lora.lora_dropout,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": lora.use_rslora,
+        "use_dora": False,
+        "rank_pattern": {name: t.r for name, t in named.items() if t.r != lora.r},
+        "alpha_pattern": {name: t.alpha for name, t in named.items() if t.alpha != lora.lora_alpha},
+        "modules_to_save": None,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+def _target_names(named: Mapping[str, Target], sites: Sequence[Site]) -> list[str]:
+    """Last components where they choose just the adapted layers, as servers like it; else all."""
+    short = {name.split(".")[-1] for name in named}
+    every = [name.replace("/", ".") for site in sites for name in site.names]
+    chosen = {name for name in every if name.split(".")[-1] in short}
+    return sorted(short) if chosen == set(named) else sorted(named)
+
+
+def _read_config(file: Path) -> config.LoraConfig:
+    if not file.is_file():
+        raise JloraError(f"{file} does not exist; a PEFT adapter is a directory with that file")
+    try:
+        settings = json.loads(file.read_text())
+    except ValueError as error:
+        raise JloraError(f"{file} is not JSON: {error}; copy the adapter again") from None
+    if settings.get("peft_type") != "LORA":
+        raise JloraError(f"{file}: peft_type is {settings.get('peft_type')!r}, only 'LORA' is read")
+    unsupported = [
+        f"{key} = {value!r}"
+        for key, value in settings.items()
+        if key not in _INERT and key not in _READ and value and value != _NEUTRAL.get(key)
+    ]
+    if settings.get("init_lora_weights") not in _BASE_KEPT:
+        unsupported.append(f"init_lora_weights = {settings['init_lora_weights']!r}")
+    if unsupported:
+        raise JloraError(f"{file}: not supported: {'; '.join(sorted(unsupported))}")
+    values = {key: settings[key] for key in _READ if settings.get(key) is not None}
+    return config.from_dict(config.LoraConfig, values, where=str(file))
+

@@ -1,0 +1,93 @@
+"""The checkpoints of a run: all that it needs to go on as if it had never stopped, and never the base.
+
+Beside `adapters` and `meta` (see jlora.checkpoint) each step has `state`: optimiser, step and random
+key. All of them are in canonical form, so that a run may go on stacked or unrolled.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from jlora import adapter, checkpoint
+from jlora.train.step import TrainState
+
+
+class RunCheckpoints:
+    """Asynchronous checkpoints of one run, in `directory`.
+
+    Args:
+        directory: made where it does not exist.
+        stacks: path of each stacked module of the model -> number of its layers.
+        keep: newest checkpoints that are kept.
+    """
+
+    def __init__(self, directory: Path, stacks: Mapping[str, int], keep: int):
+        self.directory, self.stacks = directory.absolute(), dict(stacks)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        self.manager = ocp.CheckpointManager(
+            self.directory, options=options, item_names=("adapters", "state", "meta")
+        )
+
+    def latest_step(self) -> int | None:
+        """Steps done at the newest complete checkpoint; None where there is none."""
+        return self.manager.latest_step()
+
+    def save(self, state: TrainState, meta: Mapping[str, Any]) -> None:
+        """Begin to save `state`; returns once its arrays are copied, so that a step may consume it."""
+        saved = jax.tree.map(jnp.copy, self._canonical(state, state.trained))
+        self.manager.save(
+            int(state.step),
+            args=ocp.args.Composite(
+                adapters=ocp.args.StandardSave(saved.trained),
+                state=ocp.args.StandardSave(_rest(saved)),
+                meta=ocp.args.JsonSave(dict(meta)),
+            ),
+        )
+
+    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The newest checkpoint, in the shape of `like`, and its meta.
+
+        Raises:
+            JloraError: a checkpoint of another schema version.
+        """
+        step = self.manager.latest_step()
+        meta_only = self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
+        checkpoint.check_schema(meta_only.meta, self.directory / str(step))
+        abstract = jax.eval_shape(lambda s: self._canonical(s, like.trained), like)
+        read = self.manager.restore(
+            step,
+            args=ocp.args.Composite(
+                adapters=ocp.args.StandardRestore(abstract.trained),
+                state=ocp.args.StandardRestore(_rest(abstract)),
+            ),
+        )
+        saved = TrainState(trained=read.adapters, **read.state)
+        state = self._map(saved, abstract.trained, lambda t: adapter.restack(t, self.stacks))
+        return state, meta_only.meta
+
+    def close(self) -> None:
+        """Wait until everything is on disk."""
+        self.manager.wait_until_finished()
+        self.manager.close()
+
+    def _canonical(self, state: TrainState, trained: Mapping[str, Any]) -> TrainState:
+        return self._map(state, trained, lambda tree: adapter.unstack(tree, self.stacks))
+
+    @staticmethod
+    def _map(state: TrainState, trained: Mapping[str, Any], change: Any) -> TrainState:
+        """Apply `change` to every tree that is shaped like the trained one: AdamW holds two more."""
+
+        def like_trained(tree: Any) -> bool:
+            return isinstance(tree, dict) and tree.keys() == trained.keys()
+
+        return jax.tree.map(
+            lambda tree: change(tree) if like_trained(tree) else tree, state, is_leaf=like_trained
+        )
+
+
+def _rest(state: TrainState) -> dict[str, Any]:
+    return {name: value for name, value in state._asdict().items() if name != "trained"}

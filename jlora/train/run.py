@@ -1,0 +1,97 @@
+"""The directory of a run: what lies in it, what it refuses, and the metrics file."""
+
+import json
+import os
+import tempfile
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from jlora import config
+from jlora.config import TrainConfig
+from jlora.errors import JloraError
+
+# What may differ between a run and its resumption, since no step depends on it.
+_FREE = {"output", "resume", "scan_layers", "remat", "checkpoint_every", "keep_checkpoints"}
+
+
+class Run:
+    """Paths and files of one run. Nothing is written before `start`."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.config_file = path / "config.toml"
+        self.metrics_file = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.adapter = path / "adapter"
+        self.model = path / "model"
+        self.loss_plot = path / "loss.png"
+        self.samples = path / "samples.md"
+        self.before = path / "before.json"
+        self.report = path / "report.json"
+
+    def check(self, wanted: TrainConfig) -> None:
+        """Refuse to overwrite a run, and to resume one that was another.
+
+        Raises:
+            JloraError: the directory holds something and `resume` is not set; `resume` is set and
+                there is no run, or one with other settings (each is named).
+        """
+        if not wanted.resume:
+            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+                what = "a run" if self.config_file.is_file() else "files"
+                raise JloraError(
+                    f"{self.path} holds {what} already; choose another --output, or go on with a "
+                    "run that was stopped by --resume"
+                )
+            return
+        if not self.config_file.is_file():
+            raise JloraError(f"--resume: {self.path} holds no run ({self.config_file} is absent)")
+        first = tomllib.loads(self.config_file.read_text())
+        now = config.to_dict(wanted)
+        differing = [
+            f"  {key}: {first.get(key)!r} then, {now.get(key)!r} now"
+            for key in sorted(first.keys() | now.keys())
+            if first.get(key) != now.get(key) and key not in _FREE
+        ]
+        if differing:
+            raise JloraError(
+                f"--resume: {self.path} was started with other settings:\n"
+                + "\n".join(differing)
+                + "\nresume with the same ones, or start a new run in another --output"
+            )
+
+    def start(self, config_used: TrainConfig) -> None:
+        """Make the directory and write config.toml, unless the run goes on."""
+        if not config_used.resume:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write(self.config_file, tomli_w.dumps(config.to_dict(config_used)))
+
+    def keep_metrics(self, step: int) -> None:
+        """Drop the metrics of steps after `step`: they are about to be taken again."""
+        lines = self.read_metrics()
+        kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= step]
+        write(self.metrics_file, "".join(kept))
+
+    def add_metrics(self, values: Mapping[str, Any]) -> None:
+        """Append one line. Values depend on the run's settings alone, never on its speed."""
+        with self.metrics_file.open("a") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All complete lines; a last one that a kill cut short is left out."""
+        if not self.metrics_file.is_file():
+            return []
+        text = self.metrics_file.read_text()
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def write(file: Path, text: str) -> None:
+    """Write `text` to `file`, which holds either its old content or all of the new one."""
+    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as scratch:
+        scratch.write(text)
+    os.chmod(scratch.name, 0o644)
+    os.replace(scratch.name, file)
