@@ -5,13 +5,13 @@ from typing import Any
 
 from flax import nnx
 
-from jlora import adapter, checkpoint, config, injection, paths, peft
+from jlora import adapter, checkpoint, config, injection, peft
 from jlora.checkpoint import StoredAdapter
 from jlora.errors import JloraError
 
 
 def load_adapter(path: str | Path, model: Any) -> config.LoraConfig:
-    """Put the adapter at `path` on `model`, in place; every factor accounted for in both directions.
+    """Put the adapter at `path` on `model`, in place, with every factor accounted for.
 
     Args:
         path: a run of `jlora train`, what `save_adapter` wrote, or a PEFT directory.
@@ -45,9 +45,8 @@ def read(path: str | Path) -> StoredAdapter:
         return peft.read_peft(path)
     if (path / "adapter" / peft.CONFIG_FILE).is_file():  # a finished run
         return peft.read_peft(path / "adapter")
-    steps = [p for p in path.glob("checkpoints/*") if p.name.isdigit() and checkpoint.is_adapter(p)]
-    if steps:  # a run that goes on, or was stopped
-        return checkpoint.read_adapter(max(steps, key=lambda p: int(p.name)))
+    if _checkpoints(path):  # a run that goes on, or was stopped
+        return read_newest_checkpoint(path)
     if (path / "model" / "config.json").is_file():
         raise JloraError(f"{path} trained all weights and has no adapter: use --model {path}/model")
     raise JloraError(
@@ -56,21 +55,28 @@ def read(path: str | Path) -> StoredAdapter:
     )
 
 
+def read_newest_checkpoint(run: Path) -> StoredAdapter:
+    """Read the adapter in the newest checkpoint of a run.
+
+    Raises:
+        JloraError: there is none.
+    """
+    steps = _checkpoints(run)
+    if not steps:
+        raise JloraError(f"{run} holds no checkpoint of a run of jlora train")
+    return checkpoint.read_adapter(max(steps, key=lambda step: int(step.name)))
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    steps = run.glob("checkpoints/*")
+    return [step for step in steps if step.name.isdigit() and checkpoint.is_adapter(step)]
+
+
 def apply(stored: StoredAdapter, model: Any) -> config.LoraConfig:
     """Put what was read on `model`; see `load_adapter`."""
     trained, _ = injection.partition(model)
     targets = injection.plan(model, stored.config)
-    expected = {
-        f"{name}/{factor}": shape[len(target.site.batch) :]
-        for name, target in adapter.iter_names(targets)
-        for factor, shape in target.shapes.items()
-    }
-    paths.check_same(
-        expected,
-        {name: tuple(factor.shape) for name, factor in stored.factors.items()},
-        what=f"the adapter in {stored.where}",
-        remedy="it was trained on another model, or its configuration was edited",
-    )
+    checkpoint.check_fits(stored, targets)
     if not trained:
         injection.inject(model, stored.config, rngs=nnx.Rngs(0))
     elif set(trained) != {f"{t.site.path}/{factor}" for t in targets for factor in t.shapes}:

@@ -1,17 +1,18 @@
-"""Adapters on disk as Orbax checkpoints, in one canonical form: per-layer paths, whatever the model's.
+"""Adapters on disk as Orbax checkpoints, in one canonical form: per-layer paths, always.
 
-A checkpoint is a directory of two items: `adapters` (path -> factor) and `meta` (JSON: schema version,
-LoRA configuration). The checkpoints of a run hold the same two and more, so both read alike.
+A checkpoint is a directory of two items: `adapters` (path -> factor) and `meta` (JSON: schema
+version, LoRA configuration). The checkpoints of a run hold the same two and more: both read alike.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import orbax.checkpoint as ocp
 from jax import Array
 
-from jlora import adapter, config, injection
+from jlora import adapter, config, injection, paths
 from jlora.errors import JloraError
 
 SCHEMA_VERSION = 1
@@ -89,6 +90,25 @@ def read_adapter(path: str | Path) -> StoredAdapter:
         config=config.from_dict(config.LoraConfig, read.meta["lora"], where=f"{path}/meta"),
         factors=read.adapters,
         where=str(path),
+    )
+
+
+def check_fits(stored: StoredAdapter, targets: Sequence[adapter.Target]) -> None:
+    """Demand a factor for each targeted layer, of its shape, and no other.
+
+    Raises:
+        JloraError: all differences at once.
+    """
+    expected = {
+        f"{name}/{factor}": shape[len(target.site.batch) :]
+        for name, target in adapter.iter_names(targets)
+        for factor, shape in target.shapes.items()
+    }
+    paths.check_same(
+        expected,
+        {name: tuple(factor.shape) for name, factor in stored.factors.items()},
+        what=f"the adapter in {stored.where}",
+        remedy="it was trained on another model, or its configuration was edited",
     )
 
 

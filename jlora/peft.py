@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 from jlora import adapter, config, injection
 from jlora.adapter import LORA_A, LORA_B, Site, Target
-from jlora.checkpoint import StoredAdapter
+from jlora.checkpoint import StoredAdapter, check_fits
 from jlora.errors import JloraError
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -59,12 +59,24 @@ def export_peft(
     Raises:
         JloraError: the model holds no adapters, or others than `config` says.
     """
-    targets = injection.plan(model, config)
     trained, _ = injection.partition(model)
-    _check_shapes(trained, targets)
     factors = adapter.unstack(trained, injection.stacks(model))
-    tensors = {_key(name): _to_torch(name, np.asarray(leaf)) for name, leaf in factors.items()}
-    settings = _peft_config(config, targets, injection.sites(model), base_model)
+    stored = StoredAdapter(config=config, factors=factors, where="the model")
+    write_peft(path, model, stored, base_model=base_model)
+
+
+def write_peft(
+    path: str | Path, model: Any, stored: StoredAdapter, *, base_model: str | None = None
+) -> None:
+    """`export_peft` for an adapter as read from disk; `model` may be abstract.
+
+    Raises:
+        JloraError: factors that do not fit the model and their configuration.
+    """
+    targets = injection.plan(model, stored.config)
+    check_fits(stored, targets)
+    tensors = {_key(n): _to_torch(n, np.asarray(leaf)) for n, leaf in stored.factors.items()}
+    settings = _peft_config(stored.config, targets, injection.sites(model), base_model)
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path) as scratch:
@@ -132,19 +144,6 @@ def _from_torch(name: str, factor: np.ndarray) -> np.ndarray:
     return factor.T if name.endswith(LORA_B) else factor
 
 
-def _check_shapes(trained: Mapping[str, Any], targets: Sequence[Target]) -> None:
-    expected = {
-        f"{t.site.path}/{factor}": shape for t in targets for factor, shape in t.shapes.items()
-    }
-    found = {path: leaf.shape for path, leaf in trained.items()}
-    if expected != found:
-        differing = sorted(set(expected.items()) ^ set(found.items()))[:5]
-        raise JloraError(
-            f"the model's adapters are not those of the configuration: {differing}; "
-            "pass the LoraConfig that the model was injected with"
-        )
-
-
 def _peft_config(
     lora: config.LoraConfig,
     targets: Sequence[Target],
@@ -201,4 +200,3 @@ def _read_config(file: Path) -> config.LoraConfig:
         raise JloraError(f"{file}: not supported: {'; '.join(sorted(unsupported))}")
     values = {key: settings[key] for key in _READ if settings.get(key) is not None}
     return config.from_dict(config.LoraConfig, values, where=str(file))
-

@@ -1,10 +1,11 @@
-"""From a configuration and the sites of a model to the plan: which sites, which rank, which scaling.
+"""From a configuration and the sites of a model to the plan: which sites, rank and scaling.
 
 Names are matched as PEFT matches them (dotted, one per layer also where layers are stacked). A
 pattern that matches nothing is an error, never a smaller adapter than was asked for.
 """
 
 import difflib
+import functools
 import re
 from collections.abc import Callable, Iterable, Sequence
 
@@ -82,7 +83,7 @@ class _Matchers:
             return lambda name: bool(regex.fullmatch(name))
         suffixes = tuple(patterns)
         for suffix in suffixes:
-            self._demand(field, suffix, lambda name, s=suffix: _ends(name, s))
+            self._demand(field, suffix, functools.partial(_ends, suffix=suffix))
         return lambda name: any(_ends(name, suffix) for suffix in suffixes)
 
     def values(self, field: str, patterns: dict) -> Callable:
@@ -90,13 +91,13 @@ class _Matchers:
         for pattern, value in patterns.items():
             regex = self._compile(field, rf"(.*\.)?({pattern})$")
             if regex is not None:
-                self._demand(field, pattern, lambda name, r=regex: bool(r.match(name)))
+                self._demand(field, pattern, regex.match)
                 compiled.append((regex, value))
 
-        def value(name: str, default: float) -> float:
+        def setting(name: str, default: float) -> float:
             return next((v for regex, v in compiled if regex.match(name)), default)
 
-        return value
+        return setting
 
     def layers(self, indices: tuple[int, ...] | None) -> Callable[[str], bool]:
         if indices is None:
@@ -119,7 +120,7 @@ class _Matchers:
             self.problems.append(f"{field}: {pattern!r} is no regular expression: {error}")
             return None
 
-    def _demand(self, field: str, pattern: str, matches: Callable[[str], bool]) -> None:
+    def _demand(self, field: str, pattern: str, matches: Callable[[str], object]) -> None:
         if not any(map(matches, self.known)):
             self.problems.append(f"{field}: {pattern!r}; nearest: {self._nearest(pattern)}")
 

@@ -34,7 +34,7 @@ def inject(model: Any, config: LoraConfig, *, rngs: flax_nnx.Rngs) -> Any:
 
 
 def eject(model: Any) -> Any:
-    """Take the factors out again, in place: the base model's bits and classes, as before `inject`."""
+    """Take the factors out again, in place: bits and classes are those before `inject`."""
     _flavour(model).eject(model)
     return model
 
@@ -80,9 +80,14 @@ def plan(model: Any, config: LoraConfig) -> tuple[adapter.Target, ...]:
     return targets.plan(config, flavour.find_sites(model), flavour.output_head(model))
 
 
+def count(model: Any) -> tuple[int, int]:
+    """(trainable, all) parameters; a shared weight counts once."""
+    return _flavour(model).count(model)
+
+
 def summary(model: Any) -> str:
     """The line that PEFT prints: trainable and all parameters, and the first's share in percent."""
-    trainable, total = _flavour(model).count(model)
+    trainable, total = count(model)
     return (
         f"trainable params: {trainable:,d} || all params: {total:,d} || "
         f"trainable%: {100 * trainable / total:.4f}"

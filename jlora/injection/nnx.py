@@ -1,4 +1,4 @@
-"""Flax NNX: find sites, put factors beside kernels, take them out again, and read the model as trees."""
+"""Flax NNX: find sites, put factors beside kernels, take them out, read the model as trees."""
 
 import dataclasses
 import functools
@@ -51,7 +51,7 @@ def output_head(model: nnx.Module) -> str | None:
 def attach(
     model: nnx.Module, targets: Sequence[Target], config: LoraConfig, rngs: nnx.Rngs
 ) -> None:
-    """Add factors to the targeted layers, in place; paths, sharing and isinstance stay as they were.
+    """Add factors to the targeted layers, in place; paths, sharing and isinstance stay.
 
     Raises:
         JloraError: the model holds adapters already.
@@ -67,7 +67,8 @@ def attach(
         module: Any = modules[target.site.path]
         factors = adapter.init_factors(key, target, config.init_lora_weights)
         before = set(vars(module))
-        _set_class(module, _lora_class(type(module)))
+        own_class: Any = type(module)
+        _set_class(module, _lora_class(own_class))
         module.lora_a = nnx.LoRAParam(factors[LORA_A])
         module.lora_b = nnx.LoRAParam(factors[LORA_B])
         module.lora_scaling = target.scaling
@@ -114,7 +115,7 @@ class LoraLayer:
 
 
 @functools.cache
-def _lora_class(base: type[nnx.Module]) -> type[nnx.Module]:
+def _lora_class(base: Any) -> Any:
     # The layer's own class comes first: Python lets an instance change class only between classes
     # of one memory layout, which is that of the first base. Hence methods in the body.
     body = {
@@ -123,7 +124,8 @@ def _lora_class(base: type[nnx.Module]) -> type[nnx.Module]:
         "__reduce__": LoraLayer.lora_reduce,
         "__module__": __name__,
     }
-    return type(nnx.Module)(f"Lora{base.__name__}", (base, LoraLayer), body)
+    metaclass: Any = type(base)
+    return metaclass(f"Lora{base.__name__}", (base, LoraLayer), body)
 
 
 def _set_class(module: nnx.Module, cls: type) -> None:
@@ -146,8 +148,8 @@ class NnxBase:
 
 def partition(model: nnx.Module, trainable: Any = nnx.LoRAParam) -> tuple[dict[str, Any], NnxBase]:
     """Split into (trained leaves by path, everything else); `combine` is the inverse."""
-    graphdef, trained, rest = nnx.split(model, trainable, ...)
-    flat = nnx.to_flat_state(trained)
+    graphdef, chosen, rest = nnx.split(model, trainable, ...)  # type: ignore[misc]
+    flat = nnx.to_flat_state(chosen)
     paths = tuple(path for path, _ in flat)
     leaves = {"/".join(map(str, path)): leaf.get_value() for path, leaf in flat}
     return leaves, NnxBase(rest=rest, graphdef=graphdef, paths=paths)

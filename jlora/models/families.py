@@ -115,7 +115,7 @@ def _inv_freq(file: Path, config: Mapping[str, Any], head_dim: int) -> tuple[flo
 
 
 def _llama3(freq: np.ndarray, rope: Mapping[str, Any]) -> np.ndarray:
-    """Llama 3.1's scaling: long wavelengths divided by `factor`, short kept, between interpolated."""
+    """Llama 3.1's scaling: long wavelengths divided by `factor`, short ones kept."""
     factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
     original = rope["original_max_position_embeddings"]
     wavelength = 2 * math.pi / freq

@@ -5,10 +5,7 @@ row is refused by name, because a guess would give a model that runs and answers
 """
 
 import json
-import shutil
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from jlora.errors import JloraError, nearest
+from jlora.files import new_directory
 
 
 @dataclass(frozen=True)
@@ -145,31 +143,6 @@ def convert(gguf_file: Path, to: Path) -> None:
         _write_json(stage / "tokenizer_config.json", tokenizer_config)
         _write_json(stage / "config.json", config)
         _write_json(stage / "generation_config.json", ids)
-
-
-@contextmanager
-def new_directory(to: Path) -> Iterator[Path]:
-    """Give an empty directory beside `to` which becomes `to` when the block ends without an error.
-
-    On an error nothing is left behind, so that `to` is never half written.
-
-    Raises:
-      JloraError: `to` is a file, or a directory with something in it.
-    """
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        what = "a directory that isn't empty" if to.is_dir() else "a file"
-        raise JloraError(f"{to} is {what}; give another path, or remove it first")
-    to = to.resolve()  # so that a link keeps pointing where it did
-    to.parent.mkdir(parents=True, exist_ok=True)
-    stage = to.parent / f".{to.name}.{uuid.uuid4().hex[:8]}.partial"
-    stage.mkdir()
-    try:
-        yield stage
-        if to.exists():  # empty: not every system renames onto an existing directory
-            to.rmdir()
-        stage.rename(to)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
 
 
 def _read(file: Path) -> tuple[dict[str, Any], Sequence[Any]]:

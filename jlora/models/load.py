@@ -2,11 +2,13 @@
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -15,8 +17,12 @@ from safetensors.numpy import save_file
 
 from jlora import adapter, injection, paths
 from jlora.errors import JloraError
+from jlora.files import new_directory
 from jlora.models import families
 from jlora.models.transformer import CausalLM
+
+# What belongs to a model beside its weights: configurations, tokenizer, chat template.
+_COPIED = {".json", ".jinja", ".txt", ".model"}
 
 # Buffers that old checkpoints carry and that the configuration determines.
 _RECOMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
@@ -42,30 +48,59 @@ def load(
             that nothing reads, and shapes that do not fit the configuration, all at once.
     """
     model_dir = Path(model_dir)
-    config = families.read_config(model_dir)
-    abstract = nnx.eval_shape(
-        lambda: CausalLM(
-            config, rngs=nnx.Rngs(0), dtype=dtype, scan_layers=scan_layers, remat=remat
-        )
-    )
-    leaves, base = injection.partition(abstract, everything=True)
-    stacks = injection.stacks(abstract)
+    empty = abstract(model_dir, dtype=dtype, scan_layers=scan_layers, remat=remat)
+    leaves, base = injection.partition(empty, everything=True)
+    stacks = injection.stacks(empty)
     with ExitStack() as files:
         tensors = {name: file for name, file in _open(model_dir, files)}
-        _check(model_dir, leaves, stacks, tensors, config.tie_word_embeddings)
+        _check(model_dir, leaves, stacks, tensors, empty.config.tie_word_embeddings)
         loaded = {path: _read(path, leaf, stacks, tensors) for path, leaf in leaves.items()}
     return injection.combine(loaded, base)
 
 
-def save(model: CausalLM, to: Path) -> None:
-    """Write the model's weights to `to`/model.safetensors under Hugging Face's names, in its dtype."""
+def compute_dtype(name: str) -> Any:
+    """The dtype called `name`; auto: float32 on CPU, where XLA has no fast bfloat16."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def abstract(
+    model_dir: str | Path,
+    *,
+    dtype: Any = jnp.float32,
+    scan_layers: bool = False,
+    remat: bool = False,
+) -> CausalLM:
+    """The model of a directory with shapes for weights: what names and counts need."""
+    config = families.read_config(Path(model_dir))
+    return nnx.eval_shape(
+        lambda: CausalLM(
+            config, rngs=nnx.Rngs(0), dtype=dtype, scan_layers=scan_layers, remat=remat
+        )
+    )
+
+
+def save(model: CausalLM, to: Path, *, source: Path) -> None:
+    """Write a Hugging Face directory: the model's weights in its dtype, the rest from `source`.
+
+    Args:
+        model: its weights go to model.safetensors, under Hugging Face's names.
+        to: appears whole or not at all.
+        source: the directory that the model was loaded from.
+    """
     leaves, _ = injection.partition(model, everything=True)
     tensors = {}
     for path, leaf in adapter.unstack(leaves, injection.stacks(model)).items():
         name, transposed = families.hf_name(path)
         array = np.asarray(leaf)
         tensors[name] = np.ascontiguousarray(array.T if transposed else array)
-    save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
+    with new_directory(to) as scratch:
+        for file in source.iterdir():
+            weights = file.name.startswith("model.safetensors")
+            if file.is_file() and file.suffix in _COPIED and not weights:
+                shutil.copy(file, scratch)
+        save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
 
 
 def _open(model_dir: Path, files: ExitStack) -> Iterator[tuple[str, Any]]:

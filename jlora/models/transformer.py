@@ -102,6 +102,7 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, ctx.cos, ctx.sin), rotate(k, ctx.cos, ctx.sin)
         if cache is not None:
+            assert ctx.slot is not None
             k, v = (
                 jax.lax.dynamic_update_slice_in_dim(old, new, ctx.slot, axis=1)
                 for old, new in zip(cache, (k, v), strict=True)
@@ -166,7 +167,7 @@ class Transformer(nnx.Module):
         if scan_layers:
             stacked = nnx.vmap(lambda rngs: Block(config, dtype, rngs), in_axes=0)
             keys = jax.random.split(rngs.params(), config.num_hidden_layers)
-            self.layers = stacked(nnx.Rngs(params=keys))
+            self.layers: Any = stacked(nnx.Rngs(params=keys))
         else:
             self.layers = nnx.List(
                 [Block(config, dtype, rngs) for _ in range(config.num_hidden_layers)]
@@ -182,7 +183,7 @@ class Transformer(nnx.Module):
         cos, sin = rotary_tables(positions, jnp.asarray(self.config.inv_freq, jnp.float32), x.dtype)
         ctx = Context(cos, sin, mask, None if cache is None else cache.length)
         run = _run_remat if self.remat and cache is None else _run
-        layer_caches = None if cache is None else (cache.keys, cache.values)
+        layer_caches: Any = None if cache is None else (cache.keys, cache.values)
         if self.scan_layers:
             scan = nnx.scan(
                 lambda x, layer, ctx, layer_cache: run(layer, x, ctx, layer_cache),
@@ -191,7 +192,7 @@ class Transformer(nnx.Module):
             )
             x, layer_caches = scan(x, self.layers, ctx, layer_caches)
         else:
-            caches = []
+            caches: list[Any] = []
             for i, layer in enumerate(self.layers):
                 one = None if layer_caches is None else (layer_caches[0][i], layer_caches[1][i])
                 x, one = run(layer, x, ctx, one)
@@ -199,7 +200,8 @@ class Transformer(nnx.Module):
             if cache is not None:
                 layer_caches = tuple(zip(*caches, strict=True))
         if cache is not None:
-            cache = KVCache(*layer_caches, cache.length + tokens.shape[1])
+            keys, values = layer_caches
+            cache = KVCache(keys, values, cache.length + tokens.shape[1])
         return self.norm(x), cache
 
 
@@ -264,8 +266,9 @@ class CausalLM(nnx.Module):
         """
         slots = cache.length + jnp.arange(tokens.shape[1])
         causal = jnp.arange(valid.shape[1])[None, :] <= slots[:, None]
-        hidden, cache = self.model(tokens, positions, causal & valid[:, None, :], cache)
-        return hidden, cache
+        hidden, longer = self.model(tokens, positions, causal & valid[:, None, :], cache)
+        assert longer is not None
+        return hidden, longer
 
     def init_cache(self, batch: int, slots: int) -> KVCache:
         """An empty cache for `slots` tokens a row."""

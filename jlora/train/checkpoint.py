@@ -1,7 +1,7 @@
-"""The checkpoints of a run: all that it needs to go on as if it had never stopped, and never the base.
+"""The checkpoints of a run: what it needs to go on as if it had never stopped, never the base.
 
-Beside `adapters` and `meta` (see jlora.checkpoint) each step has `state`: optimiser, step and random
-key. All of them are in canonical form, so that a run may go on stacked or unrolled.
+Beside `adapters` and `meta` (see jlora.checkpoint) each step has `state`: optimiser, step and
+random key. All are in canonical form, so that a run may go on stacked or unrolled.
 """
 
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ class RunCheckpoints:
         return self.manager.latest_step()
 
     def save(self, state: TrainState, meta: Mapping[str, Any]) -> None:
-        """Begin to save `state`; returns once its arrays are copied, so that a step may consume it."""
+        """Begin to save `state`; returns once its arrays are copied, for a step to consume."""
         saved = jax.tree.map(jnp.copy, self._canonical(state, state.trained))
         self.manager.save(
             int(state.step),
@@ -79,7 +79,7 @@ class RunCheckpoints:
 
     @staticmethod
     def _map(state: TrainState, trained: Mapping[str, Any], change: Any) -> TrainState:
-        """Apply `change` to every tree that is shaped like the trained one: AdamW holds two more."""
+        """Apply `change` to every tree shaped like the trained one: AdamW holds two more."""
 
         def like_trained(tree: Any) -> bool:
             return isinstance(tree, dict) and tree.keys() == trained.keys()

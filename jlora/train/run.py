@@ -1,9 +1,6 @@
 """The directory of a run: what lies in it, what it refuses, and the metrics file."""
 
 import json
-import os
-import tempfile
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ import tomli_w
 from jlora import config
 from jlora.config import TrainConfig
 from jlora.errors import JloraError
+from jlora.files import write_text
 
 # What may differ between a run and its resumption, since no step depends on it.
 _FREE = {"output", "resume", "scan_layers", "remat", "checkpoint_every", "keep_checkpoints"}
@@ -50,7 +48,7 @@ class Run:
             return
         if not self.config_file.is_file():
             raise JloraError(f"--resume: {self.path} holds no run ({self.config_file} is absent)")
-        first = tomllib.loads(self.config_file.read_text())
+        first = config.read_toml(self.config_file)
         now = config.to_dict(wanted)
         differing = [
             f"  {key}: {first.get(key)!r} then, {now.get(key)!r} now"
@@ -68,13 +66,13 @@ class Run:
         """Make the directory and write config.toml, unless the run goes on."""
         if not config_used.resume:
             self.path.mkdir(parents=True, exist_ok=True)
-            write(self.config_file, tomli_w.dumps(config.to_dict(config_used)))
+            write_text(self.config_file, tomli_w.dumps(config.to_dict(config_used)))
 
     def keep_metrics(self, step: int) -> None:
         """Drop the metrics of steps after `step`: they are about to be taken again."""
         lines = self.read_metrics()
         kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= step]
-        write(self.metrics_file, "".join(kept))
+        write_text(self.metrics_file, "".join(kept))
 
     def add_metrics(self, values: Mapping[str, Any]) -> None:
         """Append one line. Values depend on the run's settings alone, never on its speed."""
@@ -87,11 +85,3 @@ class Run:
             return []
         text = self.metrics_file.read_text()
         return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-
-
-def write(file: Path, text: str) -> None:
-    """Write `text` to `file`, which holds either its old content or all of the new one."""
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as scratch:
-        scratch.write(text)
-    os.chmod(scratch.name, 0o644)
-    os.replace(scratch.name, file)

@@ -1,4 +1,4 @@
-"""One optimiser step over the trained tree alone; the base goes in as an argument and comes out never."""
+"""One optimiser step over the trained tree alone; the base goes in and never comes out."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -82,9 +82,7 @@ def eval_step(trained: dict[str, Array], base: Any, batch: Batch) -> tuple[Array
     return batch_loss(model, batch)
 
 
-def init_state(
-    trained: dict[str, Any], tx: optax.GradientTransformation, key: Array
-) -> TrainState:
+def init_state(trained: dict[str, Any], tx: optax.GradientTransformation, key: Array) -> TrainState:
     """The state before the first step, which consumes the arrays of `trained`."""
     step = jnp.zeros((), jnp.int32)
     return TrainState(step, trained, tx.init(trained), jax.random.key_data(key))

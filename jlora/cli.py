@@ -1,0 +1,221 @@
+"""The command line: one frozen dataclass for each command; its fields are the flags."""
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jlora import config
+from jlora.errors import JloraError, nearest
+
+USAGE = """\
+usage: jlora COMMAND [flags]        jlora COMMAND --help lists a command's flags
+
+  fetch NAME --to DIR               download a model (smollm2) or a data set (sentiment)
+  convert FILE.gguf --to DIR        turn a GGUF file into a Hugging Face model directory
+  train --model DIR --data DATA --output RUN
+                                    fine-tune; flags beat --config FILE.toml, which beats defaults
+  eval --model DIR --data DATA      loss, exact answers, likeliest labels
+  generate --model DIR --prompt TEXT
+                                    answer prompts
+  export --run RUN --to DIR         write a run's newest checkpoint as a PEFT adapter
+"""
+
+# Imports stand inside the commands: `jlora --help` and errors in flags need none of JAX.
+
+
+def fetch(settings: config.FetchConfig) -> None:
+    """Download what is asked for, unless it is there."""
+    from jlora import fetch
+
+    fetch.fetch(settings.name, settings.to)
+
+
+def convert(settings: config.ConvertConfig) -> None:
+    """Convert a GGUF file."""
+    from jlora.models import gguf
+
+    gguf.convert(settings.gguf, settings.to)
+    print(f"wrote {settings.to}")
+
+
+def train(settings: config.TrainConfig) -> None:
+    """Train, and print what report.json says."""
+    from jlora.train import loop
+
+    report = loop.train(settings)
+    print((settings.output / "samples.md").read_text())
+    for key, value in report.items():
+        print(f"{key}: {value}")
+
+
+def evaluate(settings: config.EvaluateConfig) -> None:
+    """Print a JSON object of measures."""
+    from jlora import evaluate, injection
+    from jlora.data import chat, source
+    from jlora.generate import stop_ids
+    from jlora.train import measure
+
+    split = "test" if source.has_split(settings.data, "test") else None
+    records = source.load_records(settings.data, split)[: settings.rows]
+    labels = settings.labels or source.read_labels(settings.data)
+    model, tokenizer = _load(settings)
+    examples, encoded = chat.encode_all(records, tokenizer, settings.max_length)
+    batches = measure.evaluation_batches(examples, settings.batch_size)
+    answers = evaluate.answers(
+        model,
+        tokenizer,
+        records,
+        labels=labels or None,
+        stop_ids=stop_ids(settings.model, tokenizer),
+    )
+    result = {
+        "rows": answers.rows,
+        "rows_without_answer": encoded.dropped,
+        "loss": measure.mean_loss(*injection.partition(model), batches),
+        "exact_match": answers.exact,
+        "label_accuracy": answers.label,
+    }
+    print(json.dumps(result, indent=2))
+
+
+def generate(settings: config.GenerateConfig) -> None:
+    """Print the answer to each prompt."""
+    from jlora.data import chat
+    from jlora.generate import generate, stop_ids
+
+    model, tokenizer = _load(settings)
+    before: list[chat.Message] = []
+    if settings.system:
+        before.append({"role": "system", "content": settings.system})
+    prompts = [
+        chat.encode_prompt([*before, {"role": "user", "content": text}], tokenizer)
+        for text in settings.prompt
+    ]
+    answers = generate(
+        model,
+        prompts,
+        max_new_tokens=settings.max_new_tokens,
+        stop_ids=stop_ids(settings.model, tokenizer),
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        seed=settings.seed,
+    )
+    for answer in answers:
+        print(tokenizer.decode(answer.tolist(), skip_special_tokens=True))
+
+
+def export(settings: config.ExportConfig) -> None:
+    """Write a PEFT directory from a run's newest checkpoint."""
+    from jlora import adapters, peft
+    from jlora.models import load
+    from jlora.train.run import Run
+
+    if (settings.to / peft.CONFIG_FILE).exists():
+        raise JloraError(f"{settings.to} holds an adapter already; choose another --to")
+    run = Run(settings.run)
+    stored = adapters.read_newest_checkpoint(settings.run)
+    used = config.read_toml(run.config_file)
+    peft.write_peft(settings.to, load.abstract(used["model"]), stored, base_model=used["model"])
+    print(f"wrote {settings.to}")
+
+
+COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
+    "fetch": (config.FetchConfig, fetch),
+    "convert": (config.ConvertConfig, convert),
+    "train": (config.TrainConfig, train),
+    "eval": (config.EvaluateConfig, evaluate),
+    "generate": (config.GenerateConfig, generate),
+    "export": (config.ExportConfig, export),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command. Exits with 2 on bad input, 128 + n when signal n stopped a training run."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return
+    try:
+        name = arguments[0]
+        if name not in COMMANDS:
+            raise JloraError(
+                f"no command {name!r}{nearest(name, COMMANDS) or '; see jlora --help'}"
+            )
+        settings = parse(name, arguments[1:])
+        _use_compilation_cache()
+        COMMANDS[name][1](settings)
+    except JloraError as error:
+        print(f"jlora: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def parse(name: str, arguments: Sequence[str]) -> Any:
+    """Flags over the file given by --config (of a resumed run: its own) over defaults.
+
+    Raises:
+        JloraError: a file that is no TOML, or holds unknown keys or wrong values.
+        SystemExit: flags that are unknown, absent or ill-formed; tyro has said which.
+    """
+    import tyro
+
+    cls, run = COMMANDS[name]
+    arguments, file = _take_config(list(arguments), name)
+    default = _defaults(cls, file) if file else None
+    return tyro.cli(
+        cls, prog=f"jlora {name}", description=run.__doc__, args=arguments, default=default
+    )
+
+
+def _take_config(arguments: list[str], name: str) -> tuple[list[str], Path | None]:
+    """The arguments without --config FILE, and the file."""
+    if name != "train":
+        return arguments, None
+    for i, argument in enumerate(arguments):
+        flag, equals, value = argument.partition("=")
+        if flag == "--config":
+            rest = arguments[i + 1 :] if equals else arguments[i + 2 :]
+            value = value or "".join(arguments[i + 1 : i + 2])
+            if not value:
+                raise JloraError("--config needs a TOML file")
+            return arguments[:i] + rest, Path(value)
+    if "--resume" in arguments and "--output" in arguments[:-1]:
+        file = Path(arguments[arguments.index("--output") + 1], "config.toml")
+        return arguments, file if file.is_file() else None
+    return arguments, None
+
+
+def _defaults(cls: type, file: Path) -> Any:
+    """The configuration that `file` describes; what it leaves out and must be given stays open."""
+    import tyro
+
+    values = config.read_toml(file)
+    absent = [name for name in config.required(cls) if name not in values]
+    described: Any = config.from_dict(cls, values | dict.fromkeys(absent, ""), where=str(file))
+    return dataclasses.replace(described, **dict.fromkeys(absent, tyro.MISSING))
+
+
+def _load(settings: Any) -> tuple[Any, Any]:
+    """Model, with its adapter, and tokenizer of a command that has --model and --adapter."""
+    from jlora import adapters
+    from jlora.data import chat
+    from jlora.models import load
+
+    tokenizer = chat.load_tokenizer(settings.model)
+    model = load.load(settings.model, dtype=load.compute_dtype(settings.dtype))
+    if settings.adapter is not None:
+        adapters.load_adapter(settings.adapter, model)
+    return model, tokenizer
+
+
+def _use_compilation_cache() -> None:
+    """Keep compiled programs between processes, unless the user has chosen where or not to."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jlora" / "xla"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+
+
+if __name__ == "__main__":
+    main()

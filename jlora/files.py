@@ -1,0 +1,44 @@
+"""Writing to disk so that what is there is the old whole or the new whole."""
+
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from jlora.errors import JloraError
+
+
+@contextmanager
+def new_directory(to: Path) -> Iterator[Path]:
+    """Give an empty directory beside `to` which becomes `to` when the block ends without an error.
+
+    On an error nothing is left behind, so that `to` is never half written.
+
+    Raises:
+      JloraError: `to` is a file, or a directory with something in it.
+    """
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        what = "a directory that isn't empty" if to.is_dir() else "a file"
+        raise JloraError(f"{to} is {what}; give another path, or remove it first")
+    to = to.resolve()  # so that a link keeps pointing where it did
+    to.parent.mkdir(parents=True, exist_ok=True)
+    stage = to.parent / f".{to.name}.{uuid.uuid4().hex[:8]}.partial"
+    stage.mkdir()
+    try:
+        yield stage
+        if to.exists():  # empty: not every system renames onto an existing directory
+            to.rmdir()
+        stage.rename(to)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write `text` to `file`, which holds either its old content or all of the new one."""
+    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as scratch:
+        scratch.write(text)
+    os.chmod(scratch.name, 0o644)  # temporary files are their owner's alone
+    os.replace(scratch.name, file)

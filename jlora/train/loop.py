@@ -1,0 +1,233 @@
+"""One training run, from a model directory and records to an adapter, read from top to bottom."""
+
+import json
+import math
+import resource
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+from tqdm import tqdm
+
+from jlora import checkpoint, config, injection, optim, peft
+from jlora.config import TrainConfig
+from jlora.data import chat, source
+from jlora.data.batching import Batch, Batches
+from jlora.errors import JloraError
+from jlora.files import write_text
+from jlora.models import load
+from jlora.train import measure
+from jlora.train.checkpoint import RunCheckpoints
+from jlora.train.run import Run
+from jlora.train.step import Metrics, init_state, make_train_step
+
+PADDING_LIMIT = 0.2
+
+
+class Stopped(SystemExit):
+    """A signal ended the run after a checkpoint; the exit status is 128 + the signal's number."""
+
+
+class Pending(NamedTuple):
+    """A step whose metrics are not read yet, so that the device need not wait for the host."""
+
+    step: int
+    batch: Batch
+    metrics: Metrics
+
+
+def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Run `settings`, write the run's directory, and return what report.json says.
+
+    Raises:
+        JloraError: bad input, before anything is written; a loss or gradient that is not finite,
+            naming step and rows, with all earlier checkpoints kept.
+        Stopped: SIGTERM or SIGINT came; the state was saved first.
+    """
+    run = Run(settings.output)
+    run.check(settings)
+    records = source.load_records(settings.data, "train")
+    tokenizer = chat.load_tokenizer(settings.model)
+    examples, encoded = chat.encode_all(records, tokenizer, settings.loader.max_length)
+    batches = Batches(
+        examples,
+        settings.loader.batch_size,
+        max_shapes=settings.loader.max_shapes,
+        seed=settings.seed,
+    )
+    steps = settings.steps or math.ceil(settings.epochs * batches.batches_per_epoch)
+    tx, rate = optim.adamw(settings.optim, steps), optim.schedule(settings.optim, steps)
+    measured = measure.Measure(settings, tokenizer)
+    say(f"training data: {encoded}; {_padding(batches)}")
+
+    dtype = load.compute_dtype(settings.dtype)
+    on_cpu = jax.default_backend() == "cpu"
+    scan = not on_cpu if settings.scan_layers is None else settings.scan_layers
+    model: Any = load.load(settings.model, dtype=dtype, scan_layers=scan, remat=settings.remat)
+    key_init, key_dropout = jax.random.split(jax.random.key(settings.seed))
+    if settings.method == "lora":
+        injection.inject(model, settings.lora, rngs=nnx.Rngs(params=key_init, dropout=key_dropout))
+        say(injection.summary(model))
+        counts = injection.count(model)
+    else:
+        counts = (injection.count(model)[1],) * 2
+        say(f"trainable params: {counts[0]:,d} || all params: {counts[1]:,d} || trainable%: 100")
+    stacks = injection.stacks(model)
+    trained, base = injection.partition(model, everything=settings.method == "full")
+    del model  # the first step consumes its trained leaves
+    state = init_state(trained, tx, key_dropout)
+
+    run.start(settings)
+    before = measured.before(run, lambda: injection.combine(state.trained, base))
+    checkpoints = RunCheckpoints(run.checkpoints, stacks, settings.keep_checkpoints)
+    data_key = measure.fingerprint(examples)
+    rows_seen = 0
+    if checkpoints.latest_step() is not None:
+        state, meta = checkpoints.restore(state)
+        if meta["data"]["fingerprint"] != data_key:
+            raise JloraError(f"--resume: the training rows of {settings.data} are not those that "
+                             "the run began with; restore them, or start a new run")  # fmt: skip
+        rows_seen = meta["data"]["rows_seen"]
+        say(f"going on after step {int(state.step)} of {steps}")
+    first = int(state.step)
+    run.keep_metrics(first)
+
+    def meta_of(step: int) -> dict[str, Any]:
+        position = {
+            "epoch": step // batches.batches_per_epoch,
+            "batch": step % batches.batches_per_epoch,
+            "rows_seen": rows_seen,
+            "fingerprint": data_key,
+        }
+        kind = checkpoint.lora_meta(settings.lora) | {"method": settings.method}
+        return kind | {"step": step, "data": position, "train": config.to_dict(settings)}
+
+    def read(done: Pending) -> float:
+        """Note a step's metrics; stop the run if they are not finite."""
+        loss, norm = float(done.metrics.loss), float(done.metrics.grad_norm)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            where = [examples[row].where for row in done.batch.rows if row >= 0]
+            raise JloraError(
+                f"step {done.step}: loss {loss}, gradient norm {norm}; rows of this step: "
+                f"{', '.join(where)}. Look at these rows, or lower optim.lr; earlier checkpoints "
+                f"are kept in {run.checkpoints}"
+            )
+        run.add_metrics(
+            {
+                "step": done.step,
+                "loss": loss,
+                "grad_norm": norm,
+                "learning_rate": float(rate(done.step - 1)),
+                "tokens": int(done.batch.mask.sum()),
+                "trained_tokens": int(done.batch.targets.sum()),
+            }
+        )
+        return loss
+
+    train_step = make_train_step(tx)
+    clock = measure.Clock()
+    pending: Pending | None = None
+    bar = tqdm(total=steps, initial=first, unit="step", disable=None, file=sys.stderr)
+    with stop_signals() as signals:
+        for step in range(first + 1, steps + 1):
+            batch = batches.batch_at(step - 1)
+            state, metrics = train_step(state, base, batch)
+            rows_seen += int((batch.rows >= 0).sum())
+            if pending is not None:
+                bar.set_postfix(loss=f"{read(pending):.4f}", tok_s=f"{clock.rate():.0f}")
+            pending = Pending(step, batch, metrics)
+            if on_cpu:  # the host's work would take the step's own cores
+                jax.block_until_ready(metrics)
+            clock.tick(batch)
+            bar.update()
+            save = step == steps or step % settings.checkpoint_every == 0 or bool(signals)
+            evaluate = settings.eval.every and step % settings.eval.every == 0 and step < steps
+            if save or evaluate:
+                read(pending)  # nothing that is not finite is ever saved
+                pending = None
+            if evaluate and (loss := measured.loss(state.trained, base)) is not None:
+                run.add_metrics({"step": step, "eval_loss": loss})
+            if save:
+                checkpoints.save(state, meta_of(step))
+            if signals:
+                checkpoints.close()
+                say(f"{signals[0].name}: saved step {step} of {steps}; go on with --resume")
+                raise Stopped(128 + signals[0].value)
+            clock.restart()
+    bar.close()
+    checkpoints.close()
+
+    final = injection.combine(state.trained, base)
+    after = measured.after(final)
+    if after.loss is not None:
+        run.add_metrics({"step": steps, "eval_loss": after.loss})
+    if settings.method == "lora":
+        peft.export_peft(run.adapter, final, settings.lora, base_model=str(settings.model))
+        output = run.adapter / peft.WEIGHTS_FILE
+    else:
+        load.save(final, run.model, source=settings.model)
+        output = run.model / "model.safetensors"
+    measure.plot_loss(run.read_metrics(), run.loss_plot)
+    write_text(run.samples, measured.samples_text(before, after))
+    report = {
+        "method": settings.method,
+        "trainable_params": counts[0],
+        "all_params": counts[1],
+        "accuracy_before": before.exact,
+        "accuracy_after": after.exact,
+        "label_accuracy_before": before.label,
+        "label_accuracy_after": after.label,
+        "answer_rows": measured.answer_rows,
+        "eval_loss_before": before.loss,
+        "eval_loss_after": after.loss,
+        "loss_rows": measured.loss_rows,
+        "steps": steps,
+        "rows_seen": rows_seen,
+        "tokens_per_second": clock.rate(),
+        "padding": batches.padding_fraction(),
+        "adapter_bytes": output.stat().st_size,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "output": str(output.parent),
+    }
+    write_text(run.report, json.dumps(report, indent=2) + "\n")
+    return report
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[signal.Signals]]:
+    """Collect SIGTERM and SIGINT, so that a step can end and be saved; a second one kills."""
+    received: list[signal.Signals] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(signal.Signals(number))
+        signal.signal(number, handlers[number])
+
+    watched = (signal.SIGTERM, signal.SIGINT)
+    try:
+        handlers: dict[int, Any] = {n: signal.signal(n, note) for n in watched}
+    except ValueError:  # not in the main thread: signals are the caller's
+        handlers = {}
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def peak_rss_bytes() -> int:
+    """Most memory that this process had resident."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _padding(batches: Batches) -> str:
+    padding = batches.padding_fraction()
+    line = f"{len(batches.shapes)} shapes, {padding:.1%} padding"
+    if padding > PADDING_LIMIT:
+        line += f" (over {PADDING_LIMIT:.0%}: raise loader.max_shapes above {len(batches.shapes)})"
+    return line

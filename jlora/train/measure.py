@@ -1,0 +1,193 @@
+"""What a run measures of itself: loss and answers before and after, samples, speed, the curve."""
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jlora import evaluate, injection
+from jlora.config import TrainConfig
+from jlora.data import chat, source
+from jlora.data.batching import Batch, Batches
+from jlora.data.chat import Example
+from jlora.files import write_text
+from jlora.generate import generate, stop_ids
+from jlora.train.run import Run
+from jlora.train.step import eval_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A model at one moment; None for what the data has no split for."""
+
+    loss: float | None
+    """Mean over the trained tokens of the valid split, nats."""
+    exact: float | None
+    """Fraction of the test split answered to the letter."""
+    label: float | None
+    """Fraction whose reference is the likeliest of the labels."""
+    samples: list[str]
+
+
+class Measure:
+    """Takes the measures that `settings.eval` asks for, on data read once.
+
+    A run on a directory uses its valid split for the loss, its test split for answers (and the
+    labels in its labels.txt), and shows samples of the test, valid or training split.
+
+    Raises:
+        JloraError: a split that exists but cannot be read, before the run begins.
+    """
+
+    def __init__(self, settings: TrainConfig, tokenizer: Any):
+        self.settings, self.tokenizer = settings, tokenizer
+        wanted, data = settings.eval, settings.data
+        has = {split: source.has_split(data, split) for split in ("valid", "test")}
+        valid = source.load_records(data, "valid")[: wanted.loss_rows] if has["valid"] else []
+        test = source.load_records(data, "test") if has["test"] else []
+        self.labels = source.read_labels(data)
+        self.questions = test[: wanted.answer_rows]
+        self.shown = (test or valid or source.load_records(data, "train"))[: wanted.samples]
+        self.stop_ids = stop_ids(settings.model, tokenizer)
+        self.batches = None
+        if valid:
+            examples, _ = chat.encode_all(valid, tokenizer, settings.loader.max_length)
+            self.batches = evaluation_batches(examples, settings.loader.batch_size)
+        self.loss_rows, self.answer_rows = len(valid), len(self.questions)
+
+    def before(self, run: Run, model: Callable[[], Any]) -> Measured:
+        """Measure the untrained model; a resumed run reads what it wrote the first time."""
+        if run.before.is_file():
+            return Measured(**json.loads(run.before.read_text()))
+        measured = self.after(model())
+        write_text(run.before, json.dumps(dataclasses.asdict(measured), indent=2) + "\n")
+        return measured
+
+    def after(self, model: Any) -> Measured:
+        """Measure the model as it is."""
+        trained, base = injection.partition(model)
+        answers = None
+        if self.questions:
+            answers = evaluate.answers(
+                model,
+                self.tokenizer,
+                self.questions,
+                labels=self.labels,
+                stop_ids=self.stop_ids,
+            )
+        prompts = [chat.prompt_tokens(record, self.tokenizer) for record in self.shown]
+        samples = []
+        if prompts:
+            new = generate(
+                model,
+                prompts,
+                max_new_tokens=self.settings.eval.max_new_tokens,
+                stop_ids=self.stop_ids,
+                batch_size=len(prompts),
+            )
+            samples = [self.tokenizer.decode(t.tolist(), skip_special_tokens=True) for t in new]
+        return Measured(
+            loss=self.loss(trained, base),
+            exact=answers.exact if answers else None,
+            label=answers.label if answers else None,
+            samples=samples,
+        )
+
+    def loss(self, trained: Mapping[str, Any], base: Any) -> float | None:
+        """Mean loss of the valid split, or None without one."""
+        return None if self.batches is None else mean_loss(trained, base, self.batches)
+
+    def samples_text(self, before: Measured, after: Measured) -> str:
+        """samples.md: prompts, references, and the outputs before and after."""
+        parts = ["# Outputs before and after training\n"]
+        for record, was, now in zip(self.shown, before.samples, after.samples, strict=True):
+            asked = next(m["content"] for m in reversed(record.messages) if m["role"] == "user")
+            for title, text in (
+                ("prompt", asked),
+                ("reference", chat.answer_text(record)),
+                ("before", was),
+                ("after", now),
+            ):
+                parts.append(f"**{title}**\n\n" + _quoted(text))
+            parts.append("---\n")
+        return "\n".join(parts)
+
+
+def evaluation_batches(examples: Sequence[Example], batch_size: int) -> Batches:
+    """Every row once, in few shapes."""
+    return Batches(examples, batch_size, max_shapes=2, shuffle=False)
+
+
+def mean_loss(trained: Mapping[str, Any], base: Any, batches: Batches) -> float:
+    """Mean loss over all trained tokens of one epoch of `batches`, nats."""
+    sums = [eval_step(trained, base, batches.batch_at(i)) for i in range(batches.batches_per_epoch)]
+    loss, tokens = np.sum(np.asarray(sums, np.float64), axis=0)
+    return float(loss / tokens)
+
+
+def fingerprint(examples: Sequence[Example]) -> str:
+    """Changes when any training token or its mask does."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(example.tokens.tobytes())
+        digest.update(example.trained.tobytes())
+    return digest.hexdigest()
+
+
+class Clock:
+    """Tokens a second over the steps alone; the first step of each shape, which compiles, is not
+    counted, nor is what happens between steps (evaluation, checkpoints).
+    """
+
+    def __init__(self) -> None:
+        self.shapes: set[tuple[int, ...]] = set()
+        self.tokens, self.seconds = 0, 0.0
+        self.restart()
+
+    def restart(self) -> None:
+        """A step begins."""
+        self.began = time.perf_counter()
+
+    def tick(self, batch: Batch) -> None:
+        """A step of `batch` has ended."""
+        if batch.tokens.shape in self.shapes:
+            self.tokens += int(batch.mask.sum())
+            self.seconds += time.perf_counter() - self.began
+        self.shapes.add(batch.tokens.shape)
+
+    def rate(self) -> float:
+        """Real tokens a second, padding not counted; 0 before the first counted step."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+def plot_loss(metrics: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """Draw the training loss, a running mean of it, and the evaluation losses, to a PNG file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    steps = [m["step"] for m in metrics if "loss" in m]
+    losses = [m["loss"] for m in metrics if "loss" in m]
+    evals = [(m["step"], m["eval_loss"]) for m in metrics if "eval_loss" in m]
+    window = max(len(steps) // 20, 1)
+    smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    axes.plot(steps, losses, color="0.8", label="loss of a step")
+    axes.plot(steps[window - 1 :], smooth, label=f"mean of {window} steps")
+    if evals:
+        axes.plot(*zip(*evals, strict=True), "o-", label="evaluation loss")
+    axes.set(xlabel="step", ylabel="nats a token", ylim=(0, None))
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+
+
+def _quoted(text: str) -> str:
+    return "".join(f"> {line}\n" for line in (text or "(nothing)").splitlines())
