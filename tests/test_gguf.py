@@ -13,7 +13,8 @@ from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
 from jlora.errors import JloraError
-from jlora.models.gguf import convert, new_directory
+from jlora.files import new_directory
+from jlora.models.gguf import convert
 
 gguf = pytest.importorskip("gguf", reason="the gguf package is not installed")
 
