@@ -62,26 +62,31 @@ def tiny(*, scan_layers: bool = False) -> CausalLM:
         inv_freq=(1.0, 0.3, 0.1, 0.03),
         tie_word_embeddings=False,
     )
-    return CausalLM(config, rngs=nnx.Rngs(0), scan_layers=scan_layers)
+    # Filled by NumPy: the initialisers would take longer to compile than all else here to run.
+    abstract = nnx.eval_shape(lambda: CausalLM(config, rngs=nnx.Rngs(0), scan_layers=scan_layers))
+    random = np.random.default_rng(0)
+    graphdef, state = nnx.split(abstract)
+    filled = jax.tree.map(lambda x: jnp.asarray(random.normal(0, 0.3, x.shape), x.dtype), state)
+    return nnx.merge(graphdef, filled)
 
 
 def follows(tokenizer, **next_of) -> CausalLM:
     """A model that writes, after each character, the one given; "end" stands for the stop token.
 
-    Its layers add nothing, and its output projection finds the last token in the embedding.
+    Its layers add nothing, each of these characters is embedded along an axis of its own, and the
+    output projection leads from that axis to the next one.
     """
     model = tiny()
     for layer in model.model.layers:
         for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
             linear.kernel.set_value(jnp.zeros_like(linear.kernel[...]))
-    embedding = np.asarray(model.model.embed_tokens.embedding[...])
-    kernel = np.zeros((32, 260), np.float32)
-    for one, other in next_of.items():
-        source, target = (
-            tokenizer.convert_tokens_to_ids({"start": ":", "end": END, "space": "Ġ"}.get(c, c))
-            for c in (one, other)
-        )
-        kernel[:, target] += embedding[source] / np.linalg.norm(embedding[source])
+    embedding, kernel = np.zeros((260, 32), np.float32), np.zeros((32, 260), np.float32)
+    names = {"start": ":", "end": END, "space": "Ġ"}
+    for axis, (one, other) in enumerate(next_of.items()):
+        embedding[tokenizer.convert_tokens_to_ids(names.get(one, one)), axis] = 1
+        kernel[axis, tokenizer.convert_tokens_to_ids(names.get(other, other))] = 1
+    model.model.embed_tokens.embedding.set_value(jnp.asarray(embedding))
+    model.model.norm.weight.set_value(jnp.ones(32))
     model.lm_head.kernel.set_value(jnp.asarray(kernel))
     return model
 

@@ -34,7 +34,12 @@ def tiny(*, vocab: int = 64, scan_layers: bool = False, seed: int = 0) -> Causal
         inv_freq=(1.0, 0.3, 0.1, 0.03),
         tie_word_embeddings=False,
     )
-    return CausalLM(config, rngs=nnx.Rngs(seed), scan_layers=scan_layers)
+    # Filled by NumPy: the initialisers would take longer to compile than all else here to run.
+    abstract = nnx.eval_shape(lambda: CausalLM(config, rngs=nnx.Rngs(0), scan_layers=scan_layers))
+    random = np.random.default_rng(seed)
+    graphdef, state = nnx.split(abstract)
+    filled = jax.tree.map(lambda x: jnp.asarray(random.normal(0, 0.3, x.shape), x.dtype), state)
+    return nnx.merge(graphdef, filled)
 
 
 def prompts_of(*lengths: int, vocab: int = 64) -> list[np.ndarray]:
