@@ -5,7 +5,7 @@ from jlora.adapters import load_adapter as load_adapter
 from jlora.checkpoint import save_adapter as save_adapter
 from jlora.config import LoraConfig as LoraConfig
 from jlora.errors import JloraError as JloraError
-from jlora.generate import generate as generate
+from jlora.generation import generate as generate
 from jlora.injection import combine as combine
 from jlora.injection import eject as eject
 from jlora.injection import inject as inject

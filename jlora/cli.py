@@ -1,6 +1,7 @@
 """The command line: one frozen dataclass for each command; its fields are the flags."""
 
 import dataclasses
+import itertools
 import json
 import os
 import sys
@@ -24,7 +25,7 @@ usage: jlora COMMAND [flags]        jlora COMMAND --help lists a command's flags
   export --run RUN --to DIR         write a run's newest checkpoint as a PEFT adapter
 """
 
-# Imports stand inside the commands: `jlora --help` and errors in flags need none of JAX.
+# Imports stand inside the commands, each of which needs only some of the package.
 
 
 def fetch(settings: config.FetchConfig) -> None:
@@ -56,7 +57,7 @@ def evaluate(settings: config.EvaluateConfig) -> None:
     """Print a JSON object of measures."""
     from jlora import evaluate, injection
     from jlora.data import chat, source
-    from jlora.generate import stop_ids
+    from jlora.generation import stop_ids
     from jlora.train import measure
 
     split = "test" if source.has_split(settings.data, "test") else None
@@ -85,7 +86,7 @@ def evaluate(settings: config.EvaluateConfig) -> None:
 def generate(settings: config.GenerateConfig) -> None:
     """Print the answer to each prompt."""
     from jlora.data import chat
-    from jlora.generate import generate, stop_ids
+    from jlora.generation import generate, stop_ids
 
     model, tokenizer = _load(settings)
     before: list[chat.Message] = []
@@ -148,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings = parse(name, arguments[1:])
         _use_compilation_cache()
         COMMANDS[name][1](settings)
-    except JloraError as error:
+    except (JloraError, OSError) as error:  # an OSError names its file and what the system said
         print(f"jlora: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
@@ -182,8 +183,10 @@ def _take_config(arguments: list[str], name: str) -> tuple[list[str], Path | Non
             if not value:
                 raise JloraError("--config needs a TOML file")
             return arguments[:i] + rest, Path(value)
-    if "--resume" in arguments and "--output" in arguments[:-1]:
-        file = Path(arguments[arguments.index("--output") + 1], "config.toml")
+    outputs = [b for a, b in itertools.pairwise(arguments) if a == "--output"]
+    outputs += [a.partition("=")[2] for a in arguments if a.startswith("--output=")]
+    if "--resume" in arguments and outputs:
+        file = Path(outputs[-1], "config.toml")
         return arguments, file if file.is_file() else None
     return arguments, None
 
@@ -202,8 +205,9 @@ def _load(settings: Any) -> tuple[Any, Any]:
     """Model, with its adapter, and tokenizer of a command that has --model and --adapter."""
     from jlora import adapters
     from jlora.data import chat
-    from jlora.models import load
+    from jlora.models import families, load
 
+    families.read_config(settings.model)  # says best what is wrong with a directory
     tokenizer = chat.load_tokenizer(settings.model)
     model = load.load(settings.model, dtype=load.compute_dtype(settings.dtype))
     if settings.adapter is not None:
@@ -212,9 +216,12 @@ def _load(settings: Any) -> tuple[Any, Any]:
 
 
 def _use_compilation_cache() -> None:
-    """Keep compiled programs between processes, unless the user has chosen where or not to."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jlora" / "xla"
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    """Keep compiled programs between processes, unless JAX_COMPILATION_CACHE_DIR says where."""
+    import jax  # has read the environment by now: setting a variable would come too late
+
+    if jax.config.read("jax_compilation_cache_dir") is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jlora" / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from jlora.data import chat
 from jlora.data.batching import choose_lengths
 from jlora.data.source import Message, Record
 from jlora.errors import JloraError
-from jlora.generate import (
+from jlora.generation import (
     Prefilled,
     Sampling,
     batches,

@@ -11,7 +11,7 @@ from flax import nnx
 
 from jlora import LoraConfig, inject
 from jlora.errors import JloraError
-from jlora.generate import freeze, generate, pad, prefill, stop_ids
+from jlora.generation import freeze, generate, pad, prefill, stop_ids
 from jlora.models.transformer import CausalLM, ModelConfig
 
 

@@ -15,8 +15,7 @@ from jlora.config import TrainConfig
 from jlora.data import chat, source
 from jlora.data.batching import Batch, Batches
 from jlora.data.chat import Example
-from jlora.files import write_text
-from jlora.generate import generate, stop_ids
+from jlora.generation import generate, stop_ids
 from jlora.train.run import Run
 from jlora.train.step import eval_step
 
@@ -64,9 +63,7 @@ class Measure:
         """Measure the untrained model; a resumed run reads what it wrote the first time."""
         if run.before.is_file():
             return Measured(**json.loads(run.before.read_text()))
-        measured = self.after(model())
-        write_text(run.before, json.dumps(dataclasses.asdict(measured), indent=2) + "\n")
-        return measured
+        return self.after(model())
 
     def after(self, model: Any) -> Measured:
         """Measure the model as it is."""
