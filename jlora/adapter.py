@@ -136,12 +136,14 @@ def delta(x: Array, lora_a: Array, lora_b: Array, scaling: float, dtype: Any) ->
     Returns:
         (..., *out).
     """
-    x, lora_a, lora_b = x.astype(dtype), lora_a.astype(dtype), lora_b.astype(dtype)
-    n_in = lora_a.ndim - 1
-    inner = (tuple(range(x.ndim - n_in, x.ndim)), tuple(range(1, lora_a.ndim)))
-    low = lax.dot_general(x, lora_a, (inner, ((), ())))
-    up = lax.dot_general(low, lora_b, (((low.ndim - 1,), (0,)), ((), ())))
-    return up * jnp.asarray(scaling, dtype)
+    r, out_shape = lora_b.shape[0], lora_b.shape[1:]
+    leading = x.shape[: x.ndim - (lora_a.ndim - 1)]
+    # Matrices, not batches of them: the factors' gradients sum over all tokens, and XLA transposes
+    # the activations first where that sum runs over more than one axis.
+    rows = x.reshape(-1, math.prod(lora_a.shape[1:])).astype(dtype)
+    low = lax.dot_general(rows, lora_a.reshape(r, -1).astype(dtype), (((1,), (1,)), ((), ())))
+    low = low * jnp.asarray(scaling, dtype)  # here it costs r products a token, after B `out`
+    return (low @ lora_b.reshape(r, -1).astype(dtype)).reshape(*leading, *out_shape)
 
 
 def dropout(x: Array, rate: float, key: Array) -> Array:
