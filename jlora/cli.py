@@ -219,9 +219,10 @@ def _use_compilation_cache() -> None:
     """Keep compiled programs between processes, unless JAX_COMPILATION_CACHE_DIR says where."""
     import jax  # has read the environment by now: setting a variable would come too late
 
-    if jax.config.read("jax_compilation_cache_dir") is None:
+    options: Any = jax.config
+    if options.jax_compilation_cache_dir is None:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jlora" / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+        options.update("jax_compilation_cache_dir", str(cache))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,17 @@ class _Strict:
     __pydantic_config__ = pydantic.ConfigDict(extra="forbid")
 
 
+def _check_least(config: Any, least: Mapping[str, float]) -> None:
+    """Demand that fields are at least so large; None is left alone."""
+    problems = [
+        f"{name} must be at least {bound}, got {value}"
+        for name, bound in least.items()
+        if (value := getattr(config, name)) is not None and not value >= bound
+    ]
+    if problems:
+        raise JloraError("; ".join(problems))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig(_Strict):
     """Which layers get low-rank factors, and how large. Names and meanings are PEFT's.
@@ -50,7 +61,7 @@ class LoraConfig(_Strict):
     init_lora_weights: bool | Literal["gaussian"] = True
     """True: A uniform within ±1/sqrt(in), B zero. "gaussian": A normal with deviation 1/r, B zero.
     False: as True but with B random too, so that the adapter does something from the start."""
-    task_type: str | None = "CAUSAL_LM"
+    task_type: str = "CAUSAL_LM"
     """Copied into the exported adapter_config.json."""
 
     def __post_init__(self) -> None:
@@ -72,6 +83,8 @@ class LoraConfig(_Strict):
             )
         if not self.target_modules:
             problems.append(f"target_modules is empty; name layers or say {ALL_LINEAR!r}")
+        if not isinstance(self.task_type, str):
+            problems.append(f"task_type must be a string, got {self.task_type!r}")
         if problems:
             raise JloraError("LoraConfig: " + "; ".join(problems))
 
@@ -109,6 +122,11 @@ class OptimConfig(_Strict):
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
 
+    def __post_init__(self) -> None:
+        _check_least(self, {"lr": 0, "warmup_steps": 0, "eps": 0, "weight_decay": 0})
+        if not self.max_grad_norm > 0:
+            raise JloraError(f"max_grad_norm must be positive, got {self.max_grad_norm}")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig(_Strict):
@@ -124,6 +142,10 @@ class EvalConfig(_Strict):
     """Outputs shown before and after."""
     max_new_tokens: int = 64
     """Longest answer."""
+
+    def __post_init__(self) -> None:
+        least = {"loss_rows": 0, "answer_rows": 0, "every": 0, "samples": 0, "max_new_tokens": 1}
+        _check_least(self, least)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -162,6 +184,10 @@ class TrainConfig(_Strict):
     loader: LoaderConfig = dataclasses.field(default_factory=LoaderConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
 
+    def __post_init__(self) -> None:
+        least = {"steps": 1, "epochs": 0, "seed": 0, "checkpoint_every": 1, "keep_checkpoints": 1}
+        _check_least(self, least)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FetchConfig(_Strict):
@@ -194,7 +220,7 @@ class EvaluateConfig(_Strict):
     adapter: Path | None = None
     """A run, an Orbax adapter or a PEFT directory."""
     labels: tuple[str, ...] = ()
-    """All the answers there can be; where not given, those in a labels.txt beside the data."""
+    """All the answers there can be; where not given, those in the data directory's labels.txt."""
     rows: int | None = None
     """Only the first rows."""
     batch_size: int = 16

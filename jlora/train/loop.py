@@ -1,12 +1,14 @@
 """One training run, from a model directory and records to an adapter, read from top to bottom."""
 
+import dataclasses
 import json
 import math
 import resource
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -20,7 +22,7 @@ from jlora.data import chat, source
 from jlora.data.batching import Batch, Batches
 from jlora.errors import JloraError
 from jlora.files import write_text
-from jlora.models import load
+from jlora.models import families, load
 from jlora.train import measure
 from jlora.train.checkpoint import RunCheckpoints
 from jlora.train.run import Run
@@ -51,6 +53,10 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
     """
     run = Run(settings.output)
     run.check(settings)
+    if run.report.is_file():  # the last file that a run writes
+        say(f"{run.path} is finished; its report follows")
+        return json.loads(run.report.read_text())
+    families.read_config(settings.model)  # says best what is wrong with a directory
     records = source.load_records(settings.data, "train")
     tokenizer = chat.load_tokenizer(settings.model)
     examples, encoded = chat.encode_all(records, tokenizer, settings.loader.max_length)
@@ -60,7 +66,9 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
         max_shapes=settings.loader.max_shapes,
         seed=settings.seed,
     )
-    steps = settings.steps or math.ceil(settings.epochs * batches.batches_per_epoch)
+    steps = settings.steps
+    if steps is None:
+        steps = math.ceil(settings.epochs * batches.batches_per_epoch)
     tx, rate = optim.adamw(settings.optim, steps), optim.schedule(settings.optim, steps)
     measured = measure.Measure(settings, tokenizer)
     say(f"training data: {encoded}; {_padding(batches)}")
@@ -82,8 +90,8 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
     del model  # the first step consumes its trained leaves
     state = init_state(trained, tx, key_dropout)
 
-    run.start(settings)
     before = measured.before(run, lambda: injection.combine(state.trained, base))
+    run.start(settings, dataclasses.asdict(before))
     checkpoints = RunCheckpoints(run.checkpoints, stacks, settings.keep_checkpoints)
     data_key = measure.fingerprint(examples)
     rows_seen = 0
@@ -132,8 +140,8 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
     train_step = make_train_step(tx)
     clock = measure.Clock()
     pending: Pending | None = None
-    bar = tqdm(total=steps, initial=first, unit="step", disable=None, file=sys.stderr)
-    with stop_signals() as signals:
+    progress = tqdm(total=steps, initial=first, unit="step", disable=None, file=sys.stderr)
+    with closing(checkpoints), progress as bar, stop_signals() as signals:
         for step in range(first + 1, steps + 1):
             batch = batches.batch_at(step - 1)
             state, metrics = train_step(state, base, batch)
@@ -145,7 +153,8 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
                 jax.block_until_ready(metrics)
             clock.tick(batch)
             bar.update()
-            save = step == steps or step % settings.checkpoint_every == 0 or bool(signals)
+            stop = bool(signals)  # looked at once: a signal that comes below waits for a step
+            save = step == steps or step % settings.checkpoint_every == 0 or stop
             evaluate = settings.eval.every and step % settings.eval.every == 0 and step < steps
             if save or evaluate:
                 read(pending)  # nothing that is not finite is ever saved
@@ -154,13 +163,11 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
                 run.add_metrics({"step": step, "eval_loss": loss})
             if save:
                 checkpoints.save(state, meta_of(step))
-            if signals:
+            if stop or (signals and step == steps):
                 checkpoints.close()
                 say(f"{signals[0].name}: saved step {step} of {steps}; go on with --resume")
                 raise Stopped(128 + signals[0].value)
             clock.restart()
-    bar.close()
-    checkpoints.close()
 
     final = injection.combine(state.trained, base)
     after = measured.after(final)
@@ -170,6 +177,7 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
         peft.export_peft(run.adapter, final, settings.lora, base_model=str(settings.model))
         output = run.adapter / peft.WEIGHTS_FILE
     else:
+        shutil.rmtree(run.model, ignore_errors=True)  # of a process that was stopped right here
         load.save(final, run.model, source=settings.model)
         output = run.model / "model.safetensors"
     measure.plot_loss(run.read_metrics(), run.loss_plot)

@@ -7,7 +7,7 @@ from typing import Any
 
 import tomli_w
 
-from jlora import config
+from jlora import config, paths
 from jlora.config import TrainConfig
 from jlora.errors import JloraError
 from jlora.files import write_text
@@ -48,10 +48,10 @@ class Run:
             return
         if not self.config_file.is_file():
             raise JloraError(f"--resume: {self.path} holds no run ({self.config_file} is absent)")
-        first = config.read_toml(self.config_file)
-        now = config.to_dict(wanted)
+        first = paths.flatten(config.read_toml(self.config_file))
+        now = paths.flatten(config.to_dict(wanted))
         differing = [
-            f"  {key}: {first.get(key)!r} then, {now.get(key)!r} now"
+            f"  {key.replace('/', '.')}: {first.get(key)!r} then, {now.get(key)!r} now"
             for key in sorted(first.keys() | now.keys())
             if first.get(key) != now.get(key) and key not in _FREE
         ]
@@ -62,11 +62,13 @@ class Run:
                 + "\nresume with the same ones, or start a new run in another --output"
             )
 
-    def start(self, config_used: TrainConfig) -> None:
-        """Make the directory and write config.toml, unless the run goes on."""
+    def start(self, config_used: TrainConfig, before: Mapping[str, Any]) -> None:
+        """Make the directory, write config.toml unless the run goes on, and before.json."""
         if not config_used.resume:
             self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.config_file, tomli_w.dumps(config.to_dict(config_used)))
+        if not self.before.is_file():
+            write_text(self.before, json.dumps(before, indent=2) + "\n")
 
     def keep_metrics(self, step: int) -> None:
         """Drop the metrics of steps after `step`: they are about to be taken again."""

@@ -61,7 +61,7 @@ def make_train_step(
         model.train()
         nnx.reseed(model, policy="match_shape", dropout=key)
         loss, tokens = batch_loss(model, batch)
-        return loss / tokens
+        return loss / tokens.astype(jnp.float32)
 
     def step(state: TrainState, base: Any, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
@@ -69,7 +69,7 @@ def make_train_step(
         updates, opt_state = tx.update(grads, state.opt_state, state.trained)
         trained = optax.apply_updates(state.trained, updates)
         state = TrainState(state.step + 1, trained, opt_state, state.rng)
-        return state, Metrics(loss, optax.global_norm(grads))
+        return state, Metrics(loss, optax.tree.norm(grads))
 
     return jax.jit(step, donate_argnums=0)
 
