@@ -1,6 +1,8 @@
 """Tiny models and data that the tests build themselves."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache as cache
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -76,7 +79,9 @@ def write_tokenizer(to: Path) -> None:
     (to / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-def write_chats(to: Path, rows: int = 24, splits: tuple[str, ...] = ("train", "valid", "test")) -> Path:
+def write_chats(
+    to: Path, rows: int = 24, splits: tuple[str, ...] = ("train", "valid", "test")
+) -> Path:
     """Chats whose answer is the word for the prompt's first letter; labels.txt beside them."""
     to.mkdir(parents=True, exist_ok=True)
     words = {"a": "yes", "b": "no"}
@@ -120,3 +125,27 @@ class Mlp(nnx.Module):
             for layer in self.layers:
                 x = jnp.tanh(layer(x))
         return self.lm_head(x)
+
+
+@contextmanager
+def compilation_cache(directory: Path) -> Iterator[None]:
+    """Keep compiled programs in `directory`: tests that run the same programs compile them once."""
+    options = {
+        "jax_compilation_cache_dir": str(directory),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    cache.reset_cache()  # JAX looks at the settings once
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    cache.reset_cache()
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Every file under `directory`, by relative path."""
+    files = (file for file in sorted(directory.rglob("*")) if file.is_file())
+    return {str(file.relative_to(directory)): file.read_bytes() for file in files}
