@@ -62,6 +62,7 @@ def attach(
             "jlora.load_adapter replaces their values"
         )
     key = rngs.params()
+    streams: Any = rngs.dropout if config.lora_dropout else None  # an error here changes nothing
     modules = {"/".join(map(str, path)): module for path, module in _layers(model)}
     for target in targets:
         module: Any = modules[target.site.path]
@@ -73,10 +74,10 @@ def attach(
         module.lora_b = nnx.LoRAParam(factors[LORA_B])
         module.lora_scaling = target.scaling
         module.lora_dropout = config.lora_dropout
-        if config.lora_dropout:
+        if streams is not None:
             # One stream a stacked layer, so that a scan over layers slices it with the kernel.
             shape = target.site.batch_shape
-            module.lora_rngs = rngs.dropout.split(shape) if shape else rngs.dropout.fork()
+            module.lora_rngs = streams.split(shape) if shape else streams.fork()
             module.deterministic = False
         module.lora_attributes = tuple(sorted(set(vars(module)) - before))
 
