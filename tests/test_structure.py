@@ -1,0 +1,112 @@
+"""The shape of the package: who may import whom."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import jlora
+
+PACKAGE = Path(jlora.__file__).parent
+
+# A module imports only from modules above it in this list.
+LAYERS = [
+    "errors files paths config adapter targets",
+    "injection.registry injection.nnx injection",
+    "models models.attention models.transformer models.families models.load models.gguf",
+    "fetch checkpoint peft adapters",
+    "data data.source data.chat data.batching",
+    "generation evaluate optim",
+    "train train.loss train.step train.checkpoint train.run train.measure train.loop",
+    "cli",
+]
+ORDER = [name for layer in LAYERS for name in layer.split()]
+RANK = {name: i for i, name in enumerate(ORDER)}
+
+
+def modules() -> dict[str, Path]:
+    """Dotted name below the package -> file; the package itself is ""."""
+    files = {}
+    for file in PACKAGE.rglob("*.py"):
+        parts = file.relative_to(PACKAGE).with_suffix("").parts
+        files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    return files
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Absolute dotted names that a file imports, also within functions."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imported_modules(file: Path, known: dict[str, Path]) -> set[str]:
+    """Modules of this package that a file imports: the longest name that is one."""
+    found = set()
+    for name in imports(file):
+        top, _, rest = name.partition(".")
+        if top == "jlora":
+            found.add(rest if rest in known else rest.rpartition(".")[0])
+    return found
+
+
+def test_every_module_has_its_place() -> None:
+    assert len(RANK) == len(ORDER)
+    assert set(modules()) == {"", *ORDER}
+
+
+def test_a_module_imports_only_from_those_above_it() -> None:
+    known = modules()
+    edges = [
+        (name, used)
+        for name, file in known.items()
+        if name  # the package itself re-exports, and nothing imports from it
+        for used in imported_modules(file, known)
+    ]
+    assert len(edges) > 60
+    assert [edge for edge in edges if edge[1] == "" or RANK[edge[1]] >= RANK[edge[0]]] == []
+
+
+def test_every_import_is_seen(tmp_path: Path) -> None:
+    file = tmp_path / "module.py"
+    file.write_text(
+        "import os\nfrom jlora import peft, generation as g\nimport jlora.cli\n"
+        "def f():\n    from jlora.models.load import load\n    from jlora.train import loop\n"
+        "    from jlora import __version__\n"
+    )
+    found = imported_modules(file, modules())
+    assert found == {"peft", "generation", "cli", "models.load", "train.loop", ""}
+
+
+def test_no_module_imports_torch() -> None:
+    for file in modules().values():
+        assert not {name.split(".")[0] for name in imports(file)} & {"torch", "peft"}, file
+
+
+def test_importing_jlora_is_light() -> None:
+    heavy = {"datasets", "gguf", "grain", "transformers", "matplotlib", "torch", "pyarrow"}
+    code = f"import sys, jlora; print(sorted({heavy!r} & set(sys.modules)), 'jax' in sys.modules)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent
+    )
+    assert run.stdout.strip() == "[] True", run.stderr
+
+
+def test_files_are_short() -> None:
+    lengths = {name: len(file.read_text().splitlines()) for name, file in modules().items()}
+    assert {name: length for name, length in lengths.items() if length > 430} == {}
+
+
+def test_public_names_are_documented() -> None:
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    names = [
+        alias for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    ]
+    assert names
+    for alias in names:
+        assert alias.asname == alias.name, f"{alias.name}: re-export it explicitly"
+        assert getattr(jlora, alias.name).__doc__, alias.name
