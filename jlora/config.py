@@ -85,8 +85,6 @@ class LoraConfig(_Strict):
             problems.append(f"target_modules is empty; name layers or say {ALL_LINEAR!r}")
         if not isinstance(self.task_type, str):
             problems.append(f"task_type must be a string, got {self.task_type!r}")
-        if not isinstance(self.task_type, str):
-            problems.append(f"task_type must be a string, got {self.task_type!r}")
         if problems:
             raise JloraError("LoraConfig: " + "; ".join(problems))
 
