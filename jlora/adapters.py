@@ -1,5 +1,6 @@
 """An adapter on disk, whichever form it has: a run, an Orbax checkpoint, or a PEFT directory."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +80,22 @@ def apply(stored: StoredAdapter, model: Any) -> config.LoraConfig:
     checkpoint.check_fits(stored, targets)
     if not trained:
         injection.inject(model, stored.config, rngs=nnx.Rngs(0))
-    elif set(trained) != {f"{t.site.path}/{factor}" for t in targets for factor in t.shapes}:
+    elif not _injected_alike(model, trained, targets):
         raise JloraError(
-            f"the model was injected with other targets than the adapter in {stored.where} has; "
-            "load it on a fresh model, or jlora.eject(model) first"
+            "the model was injected with other targets, ranks or scaling than the adapter in "
+            f"{stored.where} has; load it on a fresh model, or jlora.eject(model) first"
         )
     injection.update(model, adapter.restack(stored.factors, injection.stacks(model)))
     return stored.config
+
+
+def _injected_alike(
+    model: Any, trained: Mapping[str, Any], targets: Sequence[adapter.Target]
+) -> bool:
+    """Whether `model` holds the factors of `targets`, with their shapes and scaling."""
+    shapes = {
+        f"{t.site.path}/{factor}": shape for t in targets for factor, shape in t.shapes.items()
+    }
+    return {path: leaf.shape for path, leaf in trained.items()} == shapes and (
+        injection.scalings(model) == {t.site.path: t.scaling for t in targets}
+    )

@@ -38,15 +38,12 @@ def save_adapter(path: str | Path, model: Any, config: config.LoraConfig) -> Non
         config: the configuration that it was given.
 
     Raises:
-        JloraError: `path` exists; the model holds no adapters.
+        JloraError: `path` exists; the model holds no adapters, or others than `config` says.
     """
     path = Path(path).absolute()
     if path.exists():
         raise JloraError(f"{path} exists already; save to a new directory")
-    trained, _ = injection.partition(model)
-    if not trained:
-        raise JloraError("the model holds no adapters: jlora.inject(model, config, rngs=...) first")
-    factors = adapter.unstack(trained, injection.stacks(model))
+    factors = gather(model, config).factors
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         checkpointer.save(
             path,
@@ -54,6 +51,28 @@ def save_adapter(path: str | Path, model: Any, config: config.LoraConfig) -> Non
                 adapters=ocp.args.StandardSave(factors), meta=ocp.args.JsonSave(lora_meta(config))
             ),
         )
+
+
+def gather(model: Any, config: config.LoraConfig) -> StoredAdapter:
+    """The adapters of `model` in their canonical form.
+
+    Raises:
+        JloraError: the model holds no adapters, or others than `config` says.
+    """
+    trained, _ = injection.partition(model)
+    if not trained:
+        raise JloraError("the model holds no adapters: jlora.inject(model, config, rngs=...) first")
+    factors = adapter.unstack(trained, injection.stacks(model))
+    stored = StoredAdapter(config=config, factors=factors, where="the model")
+    targets = injection.plan(model, config)
+    check_fits(stored, targets)
+    if injection.scalings(model) != {target.site.path: target.scaling for target in targets}:
+        raise JloraError(
+            "the model was injected with another scaling than lora_alpha = "
+            f"{config.lora_alpha} and use_rslora = {config.use_rslora} say: pass the configuration "
+            "that inject was given"
+        )
+    return stored
 
 
 def lora_meta(lora: config.LoraConfig) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class LoraConfig(_Strict):
 
     r: int = 8
     """Rank of the update; a site may have its own through `rank_pattern`."""
-    lora_alpha: float = 8
+    lora_alpha: int | float = 8
     """Numerator of the scaling."""
     target_modules: str | tuple[str, ...] = ALL_LINEAR
     """Names (matching whole trailing components), one regular expression that matches the full
@@ -54,7 +54,7 @@ class LoraConfig(_Strict):
     """Only these layers; None means all."""
     rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
     """Name or regular expression -> rank; the first that matches the end of a name wins."""
-    alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
+    alpha_pattern: dict[str, int | float] = dataclasses.field(default_factory=dict)
     """Name or regular expression -> alpha; the first that matches the end of a name wins."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) rather than by lora_alpha / r."""
@@ -83,8 +83,9 @@ class LoraConfig(_Strict):
             )
         if not self.target_modules:
             problems.append(f"target_modules is empty; name layers or say {ALL_LINEAR!r}")
-        if not isinstance(self.task_type, str):
-            problems.append(f"task_type must be a string, got {self.task_type!r}")
+        task_type: object = self.task_type
+        if not isinstance(task_type, str):  # PEFT's None is no text for TOML
+            problems.append(f"task_type must be a string, got {task_type!r}")
         if problems:
             raise JloraError("LoraConfig: " + "; ".join(problems))
 

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 from jlora import adapter, config, injection
 from jlora.adapter import LORA_A, LORA_B, Site, Target
-from jlora.checkpoint import StoredAdapter, check_fits
+from jlora.checkpoint import StoredAdapter, check_fits, gather
 from jlora.errors import JloraError
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -59,10 +59,7 @@ def export_peft(
     Raises:
         JloraError: the model holds no adapters, or others than `config` says.
     """
-    trained, _ = injection.partition(model)
-    factors = adapter.unstack(trained, injection.stacks(model))
-    stored = StoredAdapter(config=config, factors=factors, where="the model")
-    write_peft(path, model, stored, base_model=base_model)
+    write_peft(path, model, gather(model, config), base_model=base_model)
 
 
 def write_peft(
@@ -173,11 +170,15 @@ def _peft_config(
 
 
 def _target_names(named: Mapping[str, Target], sites: Sequence[Site]) -> list[str]:
-    """Last components where they choose just the adapted layers, as servers like it; else all."""
+    """Last components where they choose just the adapted layers, as servers like it; else all.
+
+    A number alone is no good: in PEFT's model it is also the name of a block of layers.
+    """
     short = {name.split(".")[-1] for name in named}
     every = [name.replace("/", ".") for site in sites for name in site.names]
     chosen = {name for name in every if name.split(".")[-1] in short}
-    return sorted(short) if chosen == set(named) else sorted(named)
+    exact = chosen == set(named) and not any(name.isdigit() for name in short)
+    return sorted(short) if exact else sorted(named)
 
 
 def _read_config(file: Path) -> config.LoraConfig:
@@ -187,6 +188,8 @@ def _read_config(file: Path) -> config.LoraConfig:
         settings = json.loads(file.read_text())
     except ValueError as error:
         raise JloraError(f"{file} is not JSON: {error}; copy the adapter again") from None
+    if not isinstance(settings, dict):
+        raise JloraError(f"{file} holds no JSON object; copy the adapter again")
     if settings.get("peft_type") != "LORA":
         raise JloraError(f"{file}: peft_type is {settings.get('peft_type')!r}, only 'LORA' is read")
     unsupported = [

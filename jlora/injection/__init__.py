@@ -80,6 +80,11 @@ def plan(model: Any, config: LoraConfig) -> tuple[adapter.Target, ...]:
     return targets.plan(config, flavour.find_sites(model), flavour.output_head(model))
 
 
+def scalings(model: Any) -> dict[str, float]:
+    """Path of each adapted layer -> the factor on its low-rank product."""
+    return _flavour(model).scalings(model)
+
+
 def count(model: Any) -> tuple[int, int]:
     """(trainable, all) parameters; a shared weight counts once."""
     return _flavour(model).count(model)

@@ -95,6 +95,11 @@ def adapted(model: nnx.Module) -> list[tuple[tuple, Any]]:
     return [(p, m) for p, m in nnx.iter_modules(model) if isinstance(m, LoraLayer)]
 
 
+def scalings(model: nnx.Module) -> dict[str, float]:
+    """Path of each adapted layer -> the factor on its low-rank product."""
+    return {"/".join(map(str, path)): module.lora_scaling for path, module in adapted(model)}
+
+
 class LoraLayer:
     """What an adapted layer's class has beside the layer's own class: the low-rank term."""
 

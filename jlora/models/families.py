@@ -60,6 +60,8 @@ def read_config(model_dir: Path) -> ModelConfig:
         config = json.loads(file.read_text())
     except ValueError as error:
         raise JloraError(f"{file} is not JSON: {error}; fetch the model again") from None
+    if not isinstance(config, dict):
+        raise JloraError(f"{file} holds no JSON object; fetch the model again")
     architecture = (config.get("architectures") or [None])[0]
     if architecture not in FAMILIES:
         raise JloraError(
