@@ -129,13 +129,14 @@ class Mlp(nnx.Module):
 
 @contextmanager
 def compilation_cache(directory: Path) -> Iterator[None]:
-    """Keep compiled programs in `directory`: tests that run the same programs compile them once."""
+    """Compile quickly, and keep programs in `directory` for tests that run the same ones."""
     options = {
+        "jax_disable_most_optimizations": True,
         "jax_compilation_cache_dir": str(directory),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
-    before = {name: getattr(jax.config, name) for name in options}
+    before = {name: jax.config.values[name] for name in options}
     for name, value in options.items():
         jax.config.update(name, value)
     cache.reset_cache()  # JAX looks at the settings once
