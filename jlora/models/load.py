@@ -110,7 +110,7 @@ def _open(model_dir: Path, files: ExitStack) -> Iterator[tuple[str, Any]]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise JloraError(f"{index} is not a safetensors index; fetch it again") from None
     if absent := [name for name in names if not (model_dir / name).is_file()]:
         raise JloraError(
