@@ -46,10 +46,10 @@ def read(path: str | Path) -> StoredAdapter:
         return peft.read_peft(path)
     if (path / "adapter" / peft.CONFIG_FILE).is_file():  # a finished run
         return peft.read_peft(path / "adapter")
-    if _checkpoints(path):  # a run that goes on, or was stopped
-        return read_newest_checkpoint(path)
     if (path / "model" / "config.json").is_file():
         raise JloraError(f"{path} trained all weights and has no adapter: use --model {path}/model")
+    if _checkpoints(path):  # a run that goes on, or was stopped
+        return read_newest_checkpoint(path)
     raise JloraError(
         f"{path} holds no adapter; expected a run (adapter/ or checkpoints/), an adapter "
         f"checkpoint (adapters/ and meta/) or a PEFT directory ({peft.CONFIG_FILE})"

@@ -1,6 +1,7 @@
 """The command line: one frozen dataclass for each command; its fields are the flags."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -47,10 +48,8 @@ def train(settings: config.TrainConfig) -> None:
     """Train, and print what report.json says."""
     from jlora.train import loop
 
-    report = loop.train(settings)
-    print((settings.output / "samples.md").read_text())
-    for key, value in report.items():
-        print(f"{key}: {value}")
+    report = loop.train(settings, say=functools.partial(print, flush=True))
+    print(json.dumps(report, indent=2))
 
 
 def evaluate(settings: config.EvaluateConfig) -> None:

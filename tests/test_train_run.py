@@ -438,7 +438,6 @@ def test_full_fine_tuning_writes_a_model(full, model):
     assert not any(np.array_equal(before[path], after[path]) for path in before)  # all moved
 
 
-@pytest.mark.xfail(strict=True, reason="adapters.read looks for checkpoints before model/")
 def test_a_full_run_is_no_adapter_and_says_what_it_is(full):
     with pytest.raises(JloraError, match=r"trained all weights .*: use --model .*full/model"):
         adapters.read(full[0])

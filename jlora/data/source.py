@@ -104,12 +104,13 @@ def has_split(source: str | Path, split: str) -> bool:
 
 
 def read_labels(source: str | Path) -> tuple[str, ...] | None:
-    """Return the lines of `labels.txt` in the directory `source`, or None where there is none.
+    """Return the lines of `labels.txt` in the directory of `source`, or None where there is none.
 
     Raises:
         JloraError: the file has no label, or the same label twice.
     """
-    path = Path(source) / "labels.txt"
+    folder = Path(source)
+    path = (folder.parent if folder.is_file() else folder) / "labels.txt"
     if not path.is_file():
         return None
     lines = [line.strip() for line in _read_text(path).split("\n")]

@@ -76,7 +76,12 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
     dtype = load.compute_dtype(settings.dtype)
     on_cpu = jax.default_backend() == "cpu"
     scan = not on_cpu if settings.scan_layers is None else settings.scan_layers
-    model: Any = load.load(settings.model, dtype=dtype, scan_layers=scan, remat=settings.remat)
+    options: dict[str, Any] = {"dtype": dtype, "scan_layers": scan, "remat": settings.remat}
+    if (
+        settings.method == "lora"
+    ):  # a target that matches nothing is known before any weight is read
+        injection.plan(load.abstract(settings.model, **options), settings.lora)
+    model: Any = load.load(settings.model, **options)
     key_init, key_dropout = jax.random.split(jax.random.key(settings.seed))
     if settings.method == "lora":
         injection.inject(model, settings.lora, rngs=nnx.Rngs(params=key_init, dropout=key_dropout))
@@ -140,14 +145,17 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
     train_step = make_train_step(tx)
     clock = measure.Clock()
     pending: Pending | None = None
-    progress = tqdm(total=steps, initial=first, unit="step", disable=None, file=sys.stderr)
-    with closing(checkpoints), progress as bar, stop_signals() as signals:
+    bar = tqdm(total=steps, initial=first, unit="step", disable=None, file=sys.stderr)
+    with closing(checkpoints), bar, stop_signals() as signals:
         for step in range(first + 1, steps + 1):
             batch = batches.batch_at(step - 1)
             state, metrics = train_step(state, base, batch)
             rows_seen += int((batch.rows >= 0).sum())
             if pending is not None:
-                bar.set_postfix(loss=f"{read(pending):.4f}", tok_s=f"{clock.rate():.0f}")
+                progress = {"loss": f"{read(pending):.4f}", "tok_s": f"{clock.rate():.0f}"}
+                bar.set_postfix(progress)
+                if bar.disable and pending.step % 10 == 0:  # no terminal, where a bar would show
+                    say(f"step {pending.step} of {steps}: {progress}")
             pending = Pending(step, batch, metrics)
             if on_cpu:  # the host's work would take the step's own cores
                 jax.block_until_ready(metrics)
@@ -203,6 +211,8 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
         "output": str(output.parent),
     }
     write_text(run.report, json.dumps(report, indent=2) + "\n")
+    say(run.samples.read_text())
+    say(f"{measure.table(before, after)}\n\n{settings.method} training wrote {output.parent}")
     return report
 
 

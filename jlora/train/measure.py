@@ -101,18 +101,13 @@ class Measure:
 
     def samples_text(self, before: Measured, after: Measured) -> str:
         """samples.md: prompts, references, and the outputs before and after."""
-        parts = ["# Outputs before and after training\n"]
+        parts = ["# Outputs before and after training"]
         for record, was, now in zip(self.shown, before.samples, after.samples, strict=True):
             asked = next(m["content"] for m in reversed(record.messages) if m["role"] == "user")
-            for title, text in (
-                ("prompt", asked),
-                ("reference", chat.answer_text(record)),
-                ("before", was),
-                ("after", now),
-            ):
-                parts.append(f"**{title}**\n\n" + _quoted(text))
-            parts.append("---\n")
-        return "\n".join(parts)
+            lines = {"reference": chat.answer_text(record), "before": was, "after": now}
+            listed = [f"- **{title}**: {_indented(text)}" for title, text in lines.items()]
+            parts.append("\n".join([_quoted(asked), *listed]))
+        return "\n\n".join(parts) + "\n"
 
 
 def evaluation_batches(examples: Sequence[Example], batch_size: int) -> Batches:
@@ -186,5 +181,23 @@ def plot_loss(metrics: Sequence[Mapping[str, Any]], file: Path) -> None:
     pyplot.close(figure)
 
 
+def table(before: Measured, after: Measured) -> str:
+    """What was measured before and after, a line each."""
+    lines = [f"{'':24}{'before':>10}{'after':>10}"]
+    for name, field, form in (
+        ("exact answers", "exact", ".1%"),
+        ("likeliest label right", "label", ".1%"),
+        ("evaluation loss", "loss", ".4f"),
+    ):
+        was, now = getattr(before, field), getattr(after, field)
+        if was is not None and now is not None:
+            lines.append(f"{name:24}{was:>10{form}}{now:>10{form}}")
+    return "\n".join(lines)
+
+
 def _quoted(text: str) -> str:
-    return "".join(f"> {line}\n" for line in (text or "(nothing)").splitlines())
+    return "".join(f"> {line}\n" for line in text.splitlines())
+
+
+def _indented(text: str) -> str:
+    return text.strip().replace("\n", "\n  ") or "(nothing)"
