@@ -131,9 +131,9 @@ def test_a_run_leaves_its_files(finished):
     assert png.endswith(b"IEND\xaeB`\x82")
     assert len(png) > 10_000
     samples = (output / "samples.md").read_text()
-    assert samples.count("**prompt**") == samples.count("**before**") == 2
-    assert "**reference**\n\n> yes\n\n" in samples
-    assert "**after**\n\n> yes\n\n" in samples
+    assert samples.count("\n> ") == samples.count("\n- **before**: ") == 2
+    assert "- **reference**: yes\n" in samples
+    assert "- **after**: yes\n" in samples
 
 
 def test_a_run_learns_and_reports(finished, model):

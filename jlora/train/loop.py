@@ -71,7 +71,7 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
         steps = math.ceil(settings.epochs * batches.batches_per_epoch)
     tx, rate = optim.adamw(settings.optim, steps), optim.schedule(settings.optim, steps)
     measured = measure.Measure(settings, tokenizer)
-    say(f"training data: {encoded}; {_padding(batches)}")
+    say(f"training data: {encoded}; {_padding(batches, settings.loader.max_shapes)}")
 
     dtype = load.compute_dtype(settings.dtype)
     on_cpu = jax.default_backend() == "cpu"
@@ -243,9 +243,9 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _padding(batches: Batches) -> str:
+def _padding(batches: Batches, max_shapes: int) -> str:
     padding = batches.padding_fraction()
     line = f"{len(batches.shapes)} shapes, {padding:.1%} padding"
-    if padding > PADDING_LIMIT:
-        line += f" (over {PADDING_LIMIT:.0%}: raise loader.max_shapes above {len(batches.shapes)})"
+    if padding > PADDING_LIMIT and len(batches.shapes) == max_shapes:
+        line += f" (over {PADDING_LIMIT:.0%}: raise loader.max_shapes above {max_shapes})"
     return line
