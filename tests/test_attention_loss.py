@@ -35,13 +35,23 @@ MASKS = {
 MASKS["random"][:, :, 0] = True  # every query sees something
 
 
-class TestAttention:
-    @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-    @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (3, 1)])
-    def test_float32(self, heads: int, kv_heads: int, mask: np.ndarray) -> None:
-        self.check(heads, kv_heads, mask, jnp.float32, 1e-5)
+def library_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
 
-    @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
+
+@functools.partial(jax.jit, static_argnums=0)
+def output_and_grads(fn, mask: jax.Array, grad: jax.Array, *qkv: jax.Array) -> list[jax.Array]:
+    out, vjp = jax.vjp(lambda q, k, v: fn(q, k, v, mask), *qkv)
+    return [out, *vjp(grad)]
+
+
+class TestAttention:
+    @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (3, 1)])
+    def test_float32(self, heads: int, kv_heads: int) -> None:
+        for mask in MASKS.values():
+            self.check(heads, kv_heads, mask, jnp.float32, 1e-5)
+
+    @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2)])
     def test_bfloat16(self, heads: int, kv_heads: int) -> None:
         self.check(heads, kv_heads, MASKS["causal"], jnp.bfloat16, 2e-2)
 
@@ -49,24 +59,20 @@ class TestAttention:
         q = normal(1, 2, 5, heads, 8, dtype=dtype)
         k, v = (normal(seed, 2, 7, kv_heads, 8, dtype=dtype) for seed in (2, 3))
         grad = normal(4, 2, 5, heads, 8, dtype=dtype)
-        exact = [x.astype(jnp.float32) for x in (q, k, v)]
-        out, vjp = jax.vjp(lambda q, k, v: attention(q, k, v, jnp.asarray(mask)), q, k, v)
-        expected, expected_vjp = jax.vjp(
-            lambda q, k, v: jax.nn.dot_product_attention(q, k, v, mask=mask[:, None]), *exact
-        )
-        assert out.dtype == dtype
-        assert_close(out, expected, tolerance)
-        for got, right in zip(vjp(grad), expected_vjp(grad.astype(jnp.float32)), strict=True):
-            assert got.dtype == dtype
-            assert_close(got, right, tolerance)
+        got = output_and_grads(attention, jnp.asarray(mask), grad, q, k, v)
+        exact = (x.astype(jnp.float32) for x in (grad, q, k, v))
+        expected = output_and_grads(library_attention, jnp.asarray(mask), *exact)
+        for one, right in zip(got, expected, strict=True):
+            assert one.dtype == dtype
+            assert_close(one, right, tolerance)
 
     def test_a_query_that_sees_nothing_gets_the_mean(self) -> None:
         mask = MASKS["all"].copy()
         mask[1, 3] = False
         q, k, v = (normal(seed, 2, n, 2, 4) for seed, n in ((1, 5), (2, 7), (3, 7)))
-        out, vjp = jax.vjp(lambda *qkv: attention(*qkv, jnp.asarray(mask)), q, k, v)
+        out, *grads = output_and_grads(attention, jnp.asarray(mask), jnp.ones_like(q), q, k, v)
         np.testing.assert_allclose(out[1, 3], v[1].mean(axis=0), rtol=1e-5)
-        for grad in vjp(jnp.ones_like(out)):
+        for grad in grads:
             assert jnp.isfinite(grad).all()
 
     def test_what_is_masked_has_no_influence(self) -> None:
@@ -142,7 +148,7 @@ class TestCrossEntropy:
         assert not np.asarray(d_hidden)[~np.asarray(mask)].any()
 
     @settings(deadline=None, max_examples=40)
-    @given(fractions, st.integers(0, 99), st.floats(-3, 3, width=32))
+    @given(fractions, st.integers(0, 99), st.sampled_from([-3.0, 0.0, 0.01, 1.0]))
     def test_masks(self, fraction: float, seed: int, scale: float) -> None:
         mask = np.random.default_rng(seed).random(N) < fraction
         self.check(mask, scale)

@@ -37,6 +37,11 @@ def names(*modules: str, layers=range(LAYERS)) -> set[str]:
     return {f"model.layers.{i}.{m.replace('/', '.')}" for i in layers for m in modules}
 
 
+def describe(parameter: dict | set[str]) -> str:
+    """Sets print in another order in each process, which pytest-xdist takes for other tests."""
+    return str(parameter) if isinstance(parameter, dict) else f"{len(parameter)} layers"
+
+
 @pytest.mark.parametrize("sites", [UNROLLED, STACKED], ids=["unrolled", "stacked"])
 @pytest.mark.parametrize(
     ("config", "expected"),
@@ -54,7 +59,7 @@ def names(*modules: str, layers=range(LAYERS)) -> set[str]:
         ({"exclude_modules": r".*\.self_attn\..*"}, names("mlp/up_proj")),
         ({"target_modules": ("q_proj",), "layers_to_transform": range(12)}, names(MODULES[0])),
     ],
-    ids=str,
+    ids=describe,
 )
 def test_names(sites: list[Site], config: dict, expected: set[str]) -> None:
     assert set(chosen(sites, **config)) == expected
@@ -74,10 +79,16 @@ def test_names(sites: list[Site], config: dict, expected: set[str]) -> None:
         ({"target_modules": ("lm_head", "q_proj"), "layers_to_transform": (2,)},
          names(MODULES[0], layers=[2])),
     ],
-    ids=str,
+    ids=describe,
 )  # fmt: skip
 def test_single_layers(config: dict, expected: set[str]) -> None:
     assert set(chosen(UNROLLED, **config)) == expected
+
+
+@pytest.mark.parametrize("pattern", [("proj",), ("attn.q_proj",), "q_proj", ".*q"])
+def test_a_part_of_a_name_is_no_match(pattern: str | tuple[str, ...]) -> None:
+    with pytest.raises(JloraError, match="LoraConfig matches nothing:\n  target_modules: "):
+        chosen(UNROLLED, target_modules=pattern)
 
 
 def test_all_linear_takes_the_head_where_nothing_says_it_is_one() -> None:
