@@ -11,8 +11,7 @@ BIN := $(VENV)/bin
 demo: $(VENV)/installed
 	$(BIN)/jlora fetch smollm2 --to models/smollm2
 	$(BIN)/jlora fetch sentiment --to data/sentiment
-	rm -rf runs/demo  # of an earlier demo
-	$(BIN)/jlora train --config examples/sentiment.toml
+	$(BIN)/jlora train --config examples/sentiment.toml $(if $(wildcard runs/demo/config.toml),--resume)
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n auto

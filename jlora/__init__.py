@@ -1,4 +1,4 @@
-"""LoRA and QLoRA fine-tuning of Flax models, in pure JAX."""
+"""LoRA fine-tuning of Flax models, in pure JAX."""
 
 from jlora.adapters import import_peft as import_peft
 from jlora.adapters import load_adapter as load_adapter

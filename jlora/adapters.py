@@ -4,14 +4,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flax import nnx
+import jax
 
-from jlora import adapter, checkpoint, config, injection, peft
+from jlora import adapter, checkpoint, injection, peft
 from jlora.checkpoint import StoredAdapter
 from jlora.errors import JloraError
 
 
-def load_adapter(path: str | Path, model: Any) -> config.LoraConfig:
+def load_adapter(path: str | Path, model: Any) -> Any:
     """Put the adapter at `path` on `model`, in place, with every factor accounted for.
 
     Args:
@@ -19,7 +19,7 @@ def load_adapter(path: str | Path, model: Any) -> config.LoraConfig:
         model: the base model, or one that was injected alike.
 
     Returns:
-        The adapter's configuration.
+        The same model. On a base model the adapter's dropout is off until model.train().
 
     Raises:
         JloraError: nothing readable at `path`; factors that the model has no place for, places
@@ -28,7 +28,7 @@ def load_adapter(path: str | Path, model: Any) -> config.LoraConfig:
     return apply(read(path), model)
 
 
-def import_peft(path: str | Path, model: Any) -> config.LoraConfig:
+def import_peft(path: str | Path, model: Any) -> Any:
     """`load_adapter` for a PEFT directory only."""
     return apply(peft.read_peft(path), model)
 
@@ -73,20 +73,23 @@ def _checkpoints(run: Path) -> list[Path]:
     return [step for step in steps if step.name.isdigit() and checkpoint.is_adapter(step)]
 
 
-def apply(stored: StoredAdapter, model: Any) -> config.LoraConfig:
+def apply(stored: StoredAdapter, model: Any) -> Any:
     """Put what was read on `model`; see `load_adapter`."""
     trained, _ = injection.partition(model)
-    targets = injection.plan(model, stored.config)
+    try:
+        targets = injection.plan(model, stored.config)
+    except JloraError as error:
+        raise JloraError(f"the adapter in {stored.where} is not for this model: {error}") from None
     checkpoint.check_fits(stored, targets)
     if not trained:
-        injection.inject(model, stored.config, rngs=nnx.Rngs(0))
+        injection.inject(model, stored.config, rngs=jax.random.key(0), training=False)
     elif not _injected_alike(model, trained, targets):
         raise JloraError(
             "the model was injected with other targets, ranks or scaling than the adapter in "
             f"{stored.where} has; load it on a fresh model, or jlora.eject(model) first"
         )
     injection.update(model, adapter.restack(stored.factors, injection.stacks(model)))
-    return stored.config
+    return model
 
 
 def _injected_alike(

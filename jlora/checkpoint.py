@@ -5,10 +5,12 @@ version, LoRA configuration). The checkpoints of a run hold the same two and mor
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from jax import Array
 
@@ -95,12 +97,10 @@ def read_adapter(path: str | Path) -> StoredAdapter:
     if not is_adapter(path):
         raise JloraError(f"{path} is no adapter checkpoint: it lacks adapters/ and meta/")
     handler = ocp.CompositeCheckpointHandler()
-    with ocp.Checkpointer(handler) as checkpointer:
+    with ocp.Checkpointer(handler) as checkpointer, damage_named(path):
         read = checkpointer.restore(
             path,
-            args=ocp.args.Composite(
-                adapters=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore()
-            ),
+            args=ocp.args.Composite(adapters=restore_here(), meta=ocp.args.JsonRestore()),
         )
     check_schema(read.meta, path)
     if read.meta["method"] != "lora":
@@ -110,6 +110,30 @@ def read_adapter(path: str | Path) -> StoredAdapter:
         factors=read.adapters,
         where=str(path),
     )
+
+
+def restore_here(tree: Any = None) -> ocp.args.StandardRestore:
+    """Restore onto this process's device, whatever device the arrays were saved from."""
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return ocp.args.StandardRestore(tree, fallback_sharding=device)
+
+
+@contextmanager
+def damage_named(path: Path) -> Iterator[None]:
+    """Turn whatever Orbax says of unreadable files into an error that names the checkpoint.
+
+    Raises:
+        JloraError: the block raised something else.
+    """
+    try:
+        yield
+    except JloraError:
+        raise
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise JloraError(
+            f"{path} is damaged or incomplete ({reason[:200]}); use another checkpoint"
+        ) from error
 
 
 def check_fits(stored: StoredAdapter, targets: Sequence[adapter.Target]) -> None:

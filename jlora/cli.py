@@ -59,7 +59,7 @@ def evaluate(settings: config.EvaluateConfig) -> None:
     from jlora.generation import stop_ids
     from jlora.train import measure
 
-    split = "test" if source.has_split(settings.data, "test") else None
+    split = None if Path(settings.data).is_file() else "test"
     records = source.load_records(settings.data, split)[: settings.rows]
     labels = settings.labels or source.read_labels(settings.data)
     model, tokenizer = _load(settings)
@@ -71,6 +71,7 @@ def evaluate(settings: config.EvaluateConfig) -> None:
         records,
         labels=labels or None,
         stop_ids=stop_ids(settings.model, tokenizer),
+        batch_size=settings.batch_size,
     )
     result = {
         "rows": answers.rows,
@@ -103,6 +104,7 @@ def generate(settings: config.GenerateConfig) -> None:
         temperature=settings.temperature,
         top_p=settings.top_p,
         seed=settings.seed,
+        batch_size=min(len(prompts), 8),
     )
     for answer in answers:
         print(tokenizer.decode(answer.tolist(), skip_special_tokens=True))
@@ -206,8 +208,8 @@ def _load(settings: Any) -> tuple[Any, Any]:
     from jlora.data import chat
     from jlora.models import families, load
 
-    families.read_config(settings.model)  # says best what is wrong with a directory
-    tokenizer = chat.load_tokenizer(settings.model)
+    vocab_size = families.read_config(settings.model).vocab_size
+    tokenizer = chat.load_tokenizer(settings.model, vocab_size)
     model = load.load(settings.model, dtype=load.compute_dtype(settings.dtype))
     if settings.adapter is not None:
         adapters.load_adapter(settings.adapter, model)

@@ -66,14 +66,20 @@ class LoraConfig(_Strict):
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules", "layers_to_transform"):
-            value = getattr(self, name)
-            if isinstance(value, list | set):  # as PEFT's users write them
-                object.__setattr__(self, name, tuple(value))
+            value: Any = getattr(self, name)
+            if isinstance(value, int | list | set):  # as PEFT's users write them
+                value = (value,) if isinstance(value, int) else tuple(value)
+                object.__setattr__(self, name, value)
         problems = []
         ranks = {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}
         for name, rank in ranks.items():
             if not isinstance(rank, int) or rank < 1:
                 problems.append(f"{name} must be a positive integer, got {rank!r}")
+        alphas = {"lora_alpha": self.lora_alpha}
+        alphas |= {f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}
+        for name, alpha in alphas.items():
+            if not 0 < alpha < math.inf:
+                problems.append(f"{name} must be positive, got {alpha!r}")
         if not 0 <= self.lora_dropout < 1:
             problems.append(f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
         if self.init_lora_weights not in (True, False, "gaussian"):
@@ -142,7 +148,7 @@ class EvalConfig(_Strict):
     samples: int = 5
     """Outputs shown before and after."""
     max_new_tokens: int = 64
-    """Longest answer."""
+    """Longest of these outputs, in tokens."""
 
     def __post_init__(self) -> None:
         least = {"loss_rows": 0, "answer_rows": 0, "every": 0, "samples": 0, "max_new_tokens": 1}
@@ -170,7 +176,8 @@ class TrainConfig(_Strict):
     seed: int = 0
     """Of the initial factors, the order of rows, and dropout."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the base weights and of computation. auto: float32 on CPU, bfloat16 elsewhere."""
+    """Of the base weights and of computation. auto: bfloat16, but float32 on CPU and for --method
+    full, where bfloat16 would round small updates away."""
     scan_layers: bool | None = None
     """Stack the layers and scan over them: compiles fast. None: on accelerators only, since a CPU
     runs unrolled layers faster."""
@@ -188,6 +195,8 @@ class TrainConfig(_Strict):
     def __post_init__(self) -> None:
         least = {"steps": 1, "epochs": 0, "seed": 0, "checkpoint_every": 1, "keep_checkpoints": 1}
         _check_least(self, least)
+        if not math.isfinite(self.epochs):
+            raise JloraError(f"epochs must be finite, got {self.epochs}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -231,6 +240,9 @@ class EvaluateConfig(_Strict):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the weights and of computation."""
 
+    def __post_init__(self) -> None:
+        _check_least(self, {"rows": 1, "batch_size": 1, "max_length": 2})
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateConfig(_Strict):
@@ -245,7 +257,7 @@ class GenerateConfig(_Strict):
     system: str | None = None
     """System message before each prompt; None leaves it to the chat template."""
     max_new_tokens: int = 128
-    """Longest answer."""
+    """Longest answer, in tokens."""
     temperature: float = 0.0
     """0 takes the likeliest token; above, logits are divided by it and sampled."""
     top_p: float = 1.0
@@ -254,6 +266,11 @@ class GenerateConfig(_Strict):
     """Of the sampling."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the weights and of computation."""
+
+    def __post_init__(self) -> None:
+        _check_least(self, {"max_new_tokens": 1})
+        if not self.prompt:
+            raise JloraError("prompt is empty: give at least one text")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -276,7 +293,7 @@ def read_toml(file: Path) -> dict[str, Any]:
         JloraError: no such file, or no TOML, with the line.
     """
     try:
-        return tomllib.loads(file.read_text())
+        return tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise JloraError(f"{file} cannot be read as TOML: {error}") from None
 

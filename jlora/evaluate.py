@@ -6,16 +6,15 @@ them apart, so the cache of the prompts serves all of them and is not copied for
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import Array
 
+from jlora import injection
 from jlora.data import chat
 from jlora.data.batching import choose_lengths
 from jlora.data.source import Message, Record
@@ -25,8 +24,8 @@ from jlora.generation import (
     Sampling,
     batches,
     decode,
+    evaluated,
     fill,
-    freeze,
     pad,
     prefill,
     stop_array,
@@ -144,7 +143,7 @@ def _run(
     # One size of cache for all widths, so that what follows the prompt is compiled once.
     following = max(new_tokens, 0 if tree is None else tree.tokens.shape[1])
     slots = len(shared) + max(widths) + following
-    frozen = freeze(model)
+    frozen = injection.partition(model)
     stops = stop_array(stop_ids)
     greedy = Sampling(jax.random.key(0), jnp.float32(0), jnp.float32(1))
     before = None
@@ -174,8 +173,8 @@ def _common(prompts: Sequence[np.ndarray]) -> np.ndarray:
     return prompts[0][: length if length >= _MULTIPLE else 0]
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef",))
-def _score(graphdef: Any, state: Any, prompt: Prefilled, tree: _Tree) -> Array:
+@jax.jit
+def _score(adapters: Any, base: Any, prompt: Prefilled, tree: _Tree) -> Array:
     """Log-probability of each label after each prompt, float32 (B, K)."""
     scores = jax.nn.log_softmax(prompt.logits, axis=-1)[:, tree.first]
     if not len(tree.tokens):
@@ -192,7 +191,7 @@ def _score(graphdef: Any, state: Any, prompt: Prefilled, tree: _Tree) -> Array:
         mask = jax.lax.dynamic_update_slice_in_dim(
             mask, jnp.broadcast_to(above, (batch, nodes, nodes)), start, axis=2
         )
-        model = nnx.merge(graphdef, state, copy=True)  # new modules, as in `decode`
+        model = evaluated(adapters, base)  # new modules, as in `decode`
         hidden, cache = model.model(
             jnp.broadcast_to(tokens, (batch, nodes)), prompt.lengths[:, None] + depths, mask, cache
         )
@@ -259,8 +258,7 @@ def _spell(
     They are taken from the whole conversation, as training sees them: some tokenizers spell a text
     differently at its start, and some templates alter an answer.
     """
-    roles = [message["role"] for message in record.messages]
-    last = len(roles) - 1 - roles[::-1].index("assistant")
+    last = chat.last_answer(record)
     turn = Message(role="assistant", content=answer)
     asked = Record([*record.messages[:last], turn], record.where)
     tokens = chat.encode(asked, tokenizer, max_length=len(prompt) + 10 * len(answer) + 100).tokens

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import Array
 
+from jlora import injection
 from jlora.errors import JloraError
 from jlora.models.transformer import CausalLM, KVCache
 
@@ -82,7 +82,7 @@ def generate(
         JloraError: an argument out of range, or an empty prompt.
     """
     _check(prompts, max_new_tokens, temperature, top_p, batch_size)
-    frozen = freeze(model)
+    frozen = injection.partition(model)
     sampling = Sampling(jax.random.key(seed), jnp.float32(temperature), jnp.float32(top_p))
     stops = stop_array(stop_ids)
     outputs: list[np.ndarray] = [np.zeros(0, np.int32)] * len(prompts)
@@ -108,7 +108,7 @@ def stop_ids(model_dir: str | Path, tokenizer: Any) -> tuple[int, ...]:
     found: Any = None
     if path.is_file():
         try:
-            found = json.loads(path.read_text()).get("eos_token_id")
+            found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
         except (ValueError, AttributeError):
             raise JloraError(f"{path} is not a JSON object; fetch the model again") from None
     listed = found if isinstance(found, list) else [found]
@@ -121,13 +121,6 @@ def stop_ids(model_dir: str | Path, tokenizer: Any) -> tuple[int, ...]:
             "generation_config.json, or eos_token in tokenizer_config.json."
         )
     return tuple(sorted(set(ids)))
-
-
-def freeze(model: CausalLM) -> tuple[Any, Any]:
-    """The model without dropout, as (graphdef, state); the caller's model keeps its mode."""
-    copy = nnx.merge(*nnx.split(model))  # other modules around the same arrays
-    copy.eval()
-    return nnx.split(copy)
 
 
 def batches(lengths: Sequence[int], batch_size: int) -> Iterator[np.ndarray]:
@@ -161,10 +154,10 @@ def stop_array(ids: Sequence[int]) -> np.ndarray:
     return np.array([*ids, *[_NONE] * (length - len(ids))], np.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "slots"))
+@functools.partial(jax.jit, static_argnames="slots")
 def prefill(
-    graphdef: Any,
-    state: Any,
+    adapters: Any,
+    base: Any,
     tokens: Array,
     mask: Array,
     shared: KVCache | None = None,
@@ -174,15 +167,15 @@ def prefill(
     """Read the prompts.
 
     Args:
-        graphdef: with `state`, what `freeze` returns.
-        state: see above.
+        adapters: with `base`, the model as `injection.partition` splits it; run without dropout.
+        base: see above.
         tokens: int32 (B, T), padded on the left.
         mask: bool (B, T), False for padding.
         shared: what stands before all the prompts: the cache of one row, without padding, of as
             many slots. Read once, it need not be computed for every row.
         slots: tokens a row that the cache can hold: those shared, T, and what is to follow.
     """
-    model = nnx.merge(graphdef, state)
+    model = evaluated(adapters, base)
     batch, width = tokens.shape
     before = model.init_cache(1, slots) if shared is None else shared
     keys, values = jax.tree.map(  # the axis of rows is the fourth from the end
@@ -199,10 +192,10 @@ def prefill(
     return Prefilled(model.logits(hidden[:, -1]), cache, valid, before.length + own)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "max_new_tokens"))
+@functools.partial(jax.jit, static_argnames="max_new_tokens")
 def decode(
-    graphdef: Any,
-    state: Any,
+    adapters: Any,
+    base: Any,
     prompt: Prefilled,
     rows: Array,
     stops: Array,
@@ -213,8 +206,8 @@ def decode(
     """Go on from `prompt`, a token a step, until every row has stopped.
 
     Args:
-        graphdef: with `state`, what `freeze` returns.
-        state: see above.
+        adapters: with `base`, the model as `injection.partition` splits it; run without dropout.
+        base: see above.
         prompt: its cache has room for `max_new_tokens` - 1 more.
         rows: int32 (B,): each row's number, from which its draws are derived; -1 for filler.
         stops: int32 (n,).
@@ -238,7 +231,7 @@ def decode(
     def advance(carry: tuple) -> tuple:
         step, token, cache, new, done = carry
         # New modules, in the loop: NNX lets them be used only in the trace that made them.
-        model = nnx.merge(graphdef, state, copy=True)
+        model = evaluated(adapters, base)
         positions = prompt.lengths + step - 1
         hidden, cache = model.extend(token[:, None], positions[:, None], prompt.valid, cache)
         token, new, done = put(step, model.logits(hidden[:, -1]), new, done)
@@ -247,6 +240,13 @@ def decode(
     new = jnp.full((len(rows), max_new_tokens), _NONE, jnp.int32)
     token, new, done = put(jnp.int32(0), prompt.logits, new, rows == _NONE)
     return jax.lax.while_loop(going, advance, (jnp.int32(1), token, prompt.cache, new, done))[3]
+
+
+def evaluated(adapters: Any, base: Any) -> Any:
+    """The model without dropout; a new one around the same arrays, as the caller's has its mode."""
+    model = injection.combine(adapters, base)
+    injection.eval_mode(model)
+    return model
 
 
 def _draw(logits: Array, keys: Array, sampling: Sampling) -> Array:

@@ -6,6 +6,7 @@ from torch's only in B, which PEFT keeps as (out, r).
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -79,7 +80,7 @@ def write_peft(
     with tempfile.TemporaryDirectory(dir=path) as scratch:
         weights, text = Path(scratch, WEIGHTS_FILE), Path(scratch, CONFIG_FILE)
         save_file(tensors, weights, metadata={"format": "pt"})
-        text.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        text.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         weights.chmod(text.stat().st_mode)  # safetensors makes files that only the owner reads
         os.replace(weights, path / WEIGHTS_FILE)
         os.replace(text, path / CONFIG_FILE)
@@ -111,7 +112,7 @@ def read_peft(path: str | Path) -> StoredAdapter:
         if name is None:
             strangers.append(key)
         else:
-            factors[name] = jnp.asarray(_from_torch(name, tensor))
+            factors[name] = jnp.asarray(_from_torch(name, tensor), jnp.float32)
     if strangers:
         raise JloraError(f"{file} holds tensors that are no LoRA factors of linear layers: "
                          f"{', '.join(sorted(strangers)[:10])}")  # fmt: skip
@@ -149,43 +150,54 @@ def _peft_config(
 ) -> dict[str, Any]:
     """Resolved to names: patterns, exclusions and layer choices are written as what they chose."""
     named = {name.replace("/", "."): target for name, target in adapter.iter_names(targets)}
+    every = [name.replace("/", ".") for site in sites for name in site.names]
+
+    def only(name: str) -> str:
+        """A pattern for `name` alone: PEFT lets patterns match the end of longer names too."""
+        return f"^{name}" if any(other.endswith("." + name) for other in every) else name
+
     return {
         "peft_type": "LORA",
         "task_type": lora.task_type,
         "base_model_name_or_path": base_model,
         "r": lora.r,
         "lora_alpha": lora.lora_alpha,
-        "target_modules": _target_names(named, sites),
+        "target_modules": _target_names(named, every),
         "lora_dropout": lora.lora_dropout,
         "bias": "none",
         "fan_in_fan_out": False,
         "use_rslora": lora.use_rslora,
         "use_dora": False,
-        "rank_pattern": {name: t.r for name, t in named.items() if t.r != lora.r},
-        "alpha_pattern": {name: t.alpha for name, t in named.items() if t.alpha != lora.lora_alpha},
+        "rank_pattern": {only(name): t.r for name, t in named.items() if t.r != lora.r},
+        "alpha_pattern": {
+            only(name): t.alpha for name, t in named.items() if t.alpha != lora.lora_alpha
+        },
         "modules_to_save": None,
         "init_lora_weights": True,
         "inference_mode": True,
     }
 
 
-def _target_names(named: Mapping[str, Target], sites: Sequence[Site]) -> list[str]:
-    """Last components where they choose just the adapted layers, as servers like it; else all.
+def _target_names(named: Mapping[str, Target], every: Sequence[str]) -> list[str] | str:
+    """Last components where they choose just the adapted layers, as servers like it.
 
-    A number alone is no good: in PEFT's model it is also the name of a block of layers.
+    Else full names, or a regular expression where those too would choose others, whose names end in
+    one of them. A number alone is never written: in PEFT's model it names a whole block.
     """
-    short = {name.split(".")[-1] for name in named}
-    every = [name.replace("/", ".") for site in sites for name in site.names]
-    chosen = {name for name in every if name.split(".")[-1] in short}
-    exact = chosen == set(named) and not any(name.isdigit() for name in short)
-    return sorted(short) if exact else sorted(named)
+    last = sorted({name.split(".")[-1] for name in named})
+    for names in (last, sorted(named)):
+        suffixes = tuple("." + name for name in names)
+        chosen = {n for n in every if n in names or n.endswith(suffixes)}
+        if chosen == set(named) and not any(name.isdigit() for name in names):
+            return names
+    return "|".join(map(re.escape, sorted(named)))
 
 
 def _read_config(file: Path) -> config.LoraConfig:
     if not file.is_file():
         raise JloraError(f"{file} does not exist; a PEFT adapter is a directory with that file")
     try:
-        settings = json.loads(file.read_text())
+        settings = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise JloraError(f"{file} is not JSON: {error}; copy the adapter again") from None
     if not isinstance(settings, dict):

@@ -79,7 +79,7 @@ class _Matchers:
             regex = self._compile(field, patterns)
             if regex is None:
                 return lambda name: False
-            self._demand(field, patterns, lambda name: bool(regex.fullmatch(name)))
+            self._demand(field, patterns, regex.fullmatch, self._as_regex(patterns))
             return lambda name: bool(regex.fullmatch(name))
         suffixes = tuple(patterns)
         for suffix in suffixes:
@@ -120,9 +120,21 @@ class _Matchers:
             self.problems.append(f"{field}: {pattern!r} is no regular expression: {error}")
             return None
 
-    def _demand(self, field: str, pattern: str, matches: Callable[[str], object]) -> None:
+    def _demand(
+        self, field: str, pattern: str, matches: Callable[[str], object], advice: str = ""
+    ) -> None:
         if not any(map(matches, self.known)):
-            self.problems.append(f"{field}: {pattern!r}; nearest: {self._nearest(pattern)}")
+            near = advice or f"nearest: {self._nearest(pattern)}"
+            self.problems.append(f"{field}: {pattern!r}; {near}")
+
+    def _as_regex(self, pattern: str) -> str:
+        """What to say of a single string that names the end of some module, as a list would."""
+        if not any(_ends(name, pattern) for name in self.known):
+            return ""
+        return (
+            "one string is a regular expression for the whole name; for all that end so write "
+            f"'.*\\.{pattern}', or a list of more than one name"
+        )
 
     def _nearest(self, pattern: str) -> str:
         """Known suffixes, of as many components as the pattern, that look most like it."""
@@ -141,5 +153,5 @@ def _ends(name: str, suffix: str) -> bool:
 
 
 def _layer(name: str) -> int | None:
-    """The first whole number among the components: the index of the layer, as PEFT reads it."""
+    """The first whole number among the components: the index of the layer."""
     return next((int(part) for part in name.split(".") if part.isdigit()), None)

@@ -72,16 +72,15 @@ class TestRoundTrips:
         original = injected(stacked=saved)
         model = Mlp(nnx.Rngs(0), stacked=loaded) if fresh else injected(stacked=loaded, seed=9)
         base = {path: leaf for path, leaf in everything(model)[1].items() if "lora_" not in path}
-        config = jlora.load_adapter(to, model)
-        assert config.scaling(config.r, config.lora_alpha) == 2
+        assert jlora.load_adapter(to, model) is model
         assert_same(factors(model), factors(original))
         after = everything(model)[1]
         assert_same({path: after[path] for path in base}, base)
         assert injection.scalings(model) == injection.scalings(injected(stacked=loaded))
 
     def test_orbax_keeps_the_configuration(self, tmp_path: Path) -> None:
-        assert jlora.load_adapter(orbax(tmp_path / "a", OTHER), Mlp(nnx.Rngs(0))) == OTHER
-        stored = checkpoint.read_adapter(tmp_path / "a")
+        stored = checkpoint.read_adapter(orbax(tmp_path / "a", OTHER))
+        assert stored.config == OTHER
         assert sorted(stored.factors) == [
             f"{layer}/lora_{x}" for layer in ("layers/1", "lm_head") for x in "ab"
         ]
@@ -236,8 +235,8 @@ def by_hand(to: Path, tensors: dict | None = None, **settings: Any) -> tuple[Pat
         tensors = {}
         for layer, (n_in, n_out) in shapes.items():
             prefix = f"base_model.model.{layer}"
-            tensors[f"{prefix}.lora_A.weight"] = rng.normal(size=(2, n_in)).astype(np.float32)
-            tensors[f"{prefix}.lora_B.weight"] = rng.normal(size=(n_out, 2)).astype(np.float32)
+            tensors[f"{prefix}.lora_A.weight"] = rng.normal(size=(2, n_in)).astype(np.float16)
+            tensors[f"{prefix}.lora_B.weight"] = rng.normal(size=(n_out, 2)).astype(np.float16)
     to.mkdir(parents=True)
     save_file(tensors, to / peft.WEIGHTS_FILE, metadata={"format": "pt"})
     written = {
@@ -256,7 +255,9 @@ def test_a_directory_by_hand_does_what_peft_would(tmp_path: Path) -> None:
     jlora.load_adapter(to, model)
     model.eval()
     for name, layer in (("layers.0", expected.layers[0]), ("lm_head", expected.lm_head)):
-        a, b = (tensors[f"base_model.model.{name}.lora_{f}.weight"] for f in "AB")
+        a, b = (
+            tensors[f"base_model.model.{name}.lora_{f}.weight"].astype(np.float32) for f in "AB"
+        )
         layer.kernel.set_value(layer.kernel[...] + 3 * (b @ a).T)
     x = jnp.linspace(-1, 1, 16).reshape(2, 8)
     np.testing.assert_allclose(model(x), expected(x), rtol=1e-5, atol=1e-6)
@@ -368,7 +369,7 @@ def test_what_is_refused_leaves_the_model_as_it_was(make, parts, tmp_path: Path)
         message = str(caught.value)
         for part in parts:
             assert part in message
-        assert str(path) in message or message.startswith("LoraConfig matches nothing")
+        assert str(path) in message
         assert nnx.graphdef(model) == graphdef
         assert_same(everything(model)[1], leaves)
 

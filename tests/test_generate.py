@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jlora import LoraConfig, inject
+from jlora import LoraConfig, inject, injection
 from jlora.errors import JloraError
-from jlora.generation import freeze, generate, pad, prefill, stop_ids
+from jlora.generation import generate, pad, prefill, stop_ids
 from jlora.models.transformer import CausalLM, ModelConfig
 
 
@@ -80,7 +80,7 @@ def test_greedy_equals_recomputation(scan_layers, lengths):
 def test_padding_and_shared_beginnings_change_nothing():
     model = tiny()
     (prompt,) = prompts_of(20)
-    frozen = freeze(model)
+    frozen = injection.partition(model)
     expected = np.asarray(_forward(model, prompt[None]))[0, -1]
     tokens, mask = pad([prompt], np.array([0]), 32, 3)
     read = prefill(*frozen, tokens, mask, slots=80)

@@ -293,7 +293,9 @@ class TestDropout:
 
     def test_the_mean_is_the_output_without_dropout(self) -> None:
         config = dataclasses.replace(DROPOUT, lora_dropout=0.3)
-        model = jlora.inject(nnx.Linear(8, 3, rngs=nnx.Rngs(0)), config, rngs=nnx.Rngs(0))
+        model = jlora.inject(
+            nnx.Sequential(nnx.Linear(8, 3, rngs=nnx.Rngs(0))), config, rngs=nnx.Rngs(0)
+        )
         x = jnp.broadcast_to(jnp.linspace(-1, 1, 8), (20_000, 8))
         drawn = np.asarray(model(x))
         model.eval()

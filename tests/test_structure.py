@@ -110,3 +110,9 @@ def test_public_names_are_documented() -> None:
     for alias in names:
         assert alias.asname == alias.name, f"{alias.name}: re-export it explicitly"
         assert getattr(jlora, alias.name).__doc__, alias.name
+
+
+def test_only_injection_and_models_know_flax() -> None:
+    users = {name for name, file in modules().items() if any("flax" in i for i in imports(file))}
+    assert users
+    assert {name.split(".")[0] for name in users} == {"injection", "models"}

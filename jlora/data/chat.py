@@ -60,11 +60,16 @@ class EncodeReport:
         return line
 
 
-def load_tokenizer(model_dir: str | Path) -> Tokenizer:
+def load_tokenizer(model_dir: str | Path, vocab_size: int | None = None) -> Tokenizer:
     """Load the tokenizer and chat template of a model directory, without network or torch.
 
+    Args:
+        model_dir: holds tokenizer.json and tokenizer_config.json.
+        vocab_size: rows of the model's embedding, where it is known.
+
     Raises:
-        JloraError: the tokenizer's files or its chat template are missing, or cannot be read.
+        JloraError: the tokenizer's files or its chat template are missing, or cannot be read; or it
+            has more tokens than `vocab_size`.
     """
     model_dir = Path(model_dir)
     if not (model_dir / "tokenizer.json").is_file():
@@ -88,6 +93,11 @@ def load_tokenizer(model_dir: str | Path) -> Tokenizer:
             f"{model_dir} has no chat template, in chat_template.jinja or as 'chat_template' in "
             "tokenizer_config.json. Base models often lack one: copy that of the model's "
             "instruction-tuned sibling."
+        )
+    if vocab_size is not None and len(tokenizer) > vocab_size:
+        raise JloraError(
+            f"{model_dir}: tokenizer.json has {len(tokenizer)} tokens, but config.json says "
+            f"vocab_size {vocab_size}; use the tokenizer that belongs to the model"
         )
     return tokenizer
 
@@ -141,13 +151,13 @@ def encode_all(
 
 def prompt_tokens(record: Record, tokenizer: Tokenizer) -> np.ndarray:
     """Return int32 (T,): all before the last assistant turn, with the generation prompt."""
-    messages = record.messages[: _last_answer(record)]
+    messages = record.messages[: last_answer(record)]
     return _tokenise([_render(messages, tokenizer, record.where, prompt=True)], tokenizer)[0][0]
 
 
 def answer_text(record: Record) -> str:
     """Return the content of the last assistant turn."""
-    return record.messages[_last_answer(record)]["content"]
+    return record.messages[last_answer(record)]["content"]
 
 
 def encode_prompt(prompt: str | Sequence[Message], tokenizer: Tokenizer) -> np.ndarray:
@@ -187,7 +197,8 @@ def _auto_tokenizer() -> Any:
     return AutoTokenizer
 
 
-def _last_answer(record: Record) -> int:
+def last_answer(record: Record) -> int:
+    """Return the index of the last assistant turn."""
     roles = [message["role"] for message in record.messages]
     return len(roles) - 1 - roles[::-1].index("assistant")
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jlora import adapter
@@ -18,8 +19,18 @@ REGISTRY: dict[type[nnx.Module], Contraction] = {nnx.Linear: LINEAR}
 
 
 def find_sites(model: nnx.Module) -> list[Site]:
-    """Every weight of `model` that can be adapted, in the order of the model's attributes."""
-    params = {path: leaf.shape for path, leaf in _variables(model, nnx.Param)}
+    """Every weight of `model` that can be adapted, in the order of the model's attributes.
+
+    Axes of a weight beyond those of its layer type stack layers. A module names the attributes of
+    its own that hold such stacks in `stacked_layers`, so that the names of layers on disk are those
+    of the unrolled model: with ("layers",), "layers/mlp" holds "layers/0/mlp" and so on. Where no
+    module does, the layer itself is the stack: "layers/mlp/0".
+    """
+    declared = {
+        (*path, name)
+        for path, module in nnx.iter_modules(model)
+        for name in getattr(type(module), "stacked_layers", ())
+    }
     sites = []
     for path, module in _layers(model):
         contraction = _contraction(module)
@@ -32,7 +43,7 @@ def find_sites(model: nnx.Module) -> list[Site]:
                 contracting=tuple(axis + extra for axis in contraction.contracting),
                 output=tuple(axis + extra for axis in contraction.output),
                 batch=tuple(range(extra)),
-                stack=_stack(path, shape[:extra], params) if extra else None,
+                stack=_stack(path, shape[:extra], declared) if extra else None,
                 weight=contraction.weight,
             )
         )
@@ -49,9 +60,16 @@ def output_head(model: nnx.Module) -> str | None:
 
 
 def attach(
-    model: nnx.Module, targets: Sequence[Target], config: LoraConfig, rngs: nnx.Rngs
+    model: nnx.Module, targets: Sequence[Target], config: LoraConfig, rngs: Any, training: bool
 ) -> None:
     """Add factors to the targeted layers, in place; paths, sharing and isinstance stay.
+
+    Args:
+        model: holds the targets.
+        targets: which layers.
+        config: says how factors are initialised, and their dropout.
+        rngs: nnx.Rngs, or a random key.
+        training: whether dropout is on; `model.train()` and `model.eval()` change it.
 
     Raises:
         JloraError: the model holds adapters already.
@@ -61,6 +79,7 @@ def attach(
             "the model holds adapters already: jlora.eject(model) takes them out, "
             "jlora.load_adapter replaces their values"
         )
+    rngs = rngs if isinstance(rngs, nnx.Rngs) else nnx.Rngs(rngs)
     key = rngs.params()
     streams: Any = rngs.dropout if config.lora_dropout else None  # an error here changes nothing
     modules = {"/".join(map(str, path)): module for path, module in _layers(model)}
@@ -78,7 +97,7 @@ def attach(
             # One stream a stacked layer, so that a scan over layers slices it with the kernel.
             shape = target.site.batch_shape
             module.lora_rngs = streams.split(shape) if shape else streams.fork()
-            module.deterministic = False
+            module.deterministic = not training
         module.lora_attributes = tuple(sorted(set(vars(module)) - before))
 
 
@@ -152,8 +171,9 @@ class NnxBase:
     paths: tuple = dataclasses.field(metadata={"static": True})
 
 
-def partition(model: nnx.Module, trainable: Any = nnx.LoRAParam) -> tuple[dict[str, Any], NnxBase]:
+def partition(model: nnx.Module, everything: bool) -> tuple[dict[str, Any], NnxBase]:
     """Split into (trained leaves by path, everything else); `combine` is the inverse."""
+    trainable: Any = nnx.Param if everything else nnx.LoRAParam
     graphdef, chosen, rest = nnx.split(model, trainable, ...)  # type: ignore[misc]
     flat = nnx.to_flat_state(chosen)
     paths = tuple(path for path, _ in flat)
@@ -169,10 +189,21 @@ def combine(adapters: Mapping[str, Any], base: NnxBase) -> nnx.Module:
 
 
 def update(model: nnx.Module, adapters: Mapping[str, Any]) -> None:
-    """Set the values of the model's trained leaves, in place."""
+    """Set the values of the model's leaves by path, in place, in each leaf's own dtype."""
     for path, leaf in _variables(model, nnx.Param):
         if (value := adapters.get("/".join(map(str, path)))) is not None:
-            leaf.set_value(value)
+            leaf.set_value(jnp.asarray(value, leaf.dtype))
+
+
+def train_mode(model: nnx.Module, key: jax.Array) -> None:
+    """Turn dropout on, in place, with draws that follow from `key`."""
+    model.train()
+    nnx.reseed(model, policy="match_shape", dropout=key)
+
+
+def eval_mode(model: nnx.Module) -> None:
+    """Turn dropout off, in place."""
+    model.eval()
 
 
 def count(model: nnx.Module) -> tuple[int, int]:
@@ -195,14 +226,10 @@ def _variables(model: nnx.Module, kind: Any) -> list[tuple[tuple, Any]]:
     return list(nnx.to_flat_state(nnx.state(model, kind)))
 
 
-def _stack(path: tuple, sizes: tuple[int, ...], params: dict[tuple, tuple[int, ...]]) -> str:
-    """The outermost module above `path` all of whose parameters lead with the stacked axis."""
+def _stack(path: tuple, sizes: tuple[int, ...], declared: set[tuple]) -> str:
+    """The module above or at `path` whose layers are stacked."""
+    name = "/".join(map(str, path))
     if len(sizes) > 1:
-        raise JloraError(
-            f"{'/'.join(map(str, path))} has {len(sizes)} stacked axes {sizes}; one is supported"
-        )
-    for depth in range(len(path) + 1):
-        below = [shape for p, shape in params.items() if p[:depth] == path[:depth]]
-        if all(shape[:1] == sizes for shape in below):
-            return "/".join(map(str, path[:depth]))
-    raise AssertionError("a stacked layer's own parameters lead with its stacked axis")
+        raise JloraError(f"{name} has {len(sizes)} stacked axes {sizes}; one is supported")
+    prefixes = (path[:depth] for depth in range(1, len(path)))
+    return next(("/".join(map(str, p)) for p in prefixes if p in declared), name)

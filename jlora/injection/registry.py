@@ -1,4 +1,4 @@
-"""How each layer type contracts its weight. Flavour modules read this table; nothing else does."""
+"""How a layer type contracts its weight; each flavour keeps the table of its own layer types."""
 
 import dataclasses
 

@@ -57,12 +57,13 @@ def read_config(model_dir: Path) -> ModelConfig:
             "(config.json, *.safetensors, tokenizer.json): see jlora fetch and jlora convert"
         )
     try:
-        config = json.loads(file.read_text())
+        config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise JloraError(f"{file} is not JSON: {error}; fetch the model again") from None
     if not isinstance(config, dict):
         raise JloraError(f"{file} holds no JSON object; fetch the model again")
-    architecture = (config.get("architectures") or [None])[0]
+    named = config.get("architectures") or [None]
+    architecture = named if isinstance(named, str) else named[0]
     if architecture not in FAMILIES:
         raise JloraError(
             f"{file}: architecture {architecture!r} is not supported; these are: "
@@ -73,6 +74,9 @@ def read_config(model_dir: Path) -> ModelConfig:
                 "num_attention_heads", "rms_norm_eps")  # fmt: skip
     if absent := [key for key in required if key not in config]:
         raise JloraError(f"{file}: missing {', '.join(absent)}; fetch the model again")
+    counts = [key for key in _COUNTS if config.get(key) is not None]
+    if wrong := [f"{key} = {config[key]!r}" for key in counts if not _is_count(config[key])]:
+        raise JloraError(f"{file}: not a positive whole number: {', '.join(wrong)}")
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     return ModelConfig(
@@ -83,6 +87,14 @@ def read_config(model_dir: Path) -> ModelConfig:
         tie_word_embeddings=config.get("tie_word_embeddings", False),
         **FAMILIES[architecture](config),
     )
+
+
+_COUNTS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+           "num_attention_heads", "num_key_value_heads", "head_dim")  # fmt: skip
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _refuse(file: Path, config: Mapping[str, Any]) -> None:
@@ -105,14 +117,18 @@ def _inv_freq(file: Path, config: Mapping[str, Any], head_dim: int) -> tuple[flo
     kind = rope.get("rope_type") or rope.get("type") or "default"
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     freq = (1.0 / np.float32(theta) ** exponents).astype(np.float32)
-    if kind == "linear":
-        freq = freq / np.float32(rope["factor"])
-    elif kind == "llama3":
-        freq = _llama3(freq, rope)
-    elif kind != "default":
-        raise JloraError(
-            f"{file}: rotary scaling {kind!r} is not supported; these are: default, linear, llama3"
-        )
+    try:
+        if kind == "linear":
+            freq = freq / np.float32(rope["factor"])
+        elif kind == "llama3":
+            freq = _llama3(freq, rope)
+        elif kind != "default":
+            raise JloraError(
+                f"{file}: rotary scaling {kind!r} is not supported; these are: default, linear, "
+                "llama3"
+            )
+    except KeyError as error:
+        raise JloraError(f"{file}: rotary scaling {kind!r} lacks {error}") from None
     return tuple(float(f) for f in freq)
 
 

@@ -58,10 +58,14 @@ def load(
     return injection.combine(loaded, base)
 
 
-def compute_dtype(name: str) -> Any:
-    """The dtype called `name`; auto: float32 on CPU, where XLA has no fast bfloat16."""
+def compute_dtype(name: str, *, exact: bool = False) -> Any:
+    """The dtype called `name`.
+
+    "auto" is bfloat16, but float32 on CPU, where XLA has no fast bfloat16, and where the weights
+    themselves are trained (`exact`): bfloat16 would round small updates away.
+    """
     if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        name = "float32" if exact or jax.default_backend() == "cpu" else "bfloat16"
     return jnp.dtype(name)
 
 
@@ -97,8 +101,8 @@ def save(model: CausalLM, to: Path, *, source: Path) -> None:
         tensors[name] = np.ascontiguousarray(array.T if transposed else array)
     with new_directory(to) as scratch:
         for file in source.iterdir():
-            weights = file.name.startswith("model.safetensors")
-            if file.is_file() and file.suffix in _COPIED and not weights:
+            other = file.name.startswith("model.safetensors") or file.name == "jlora_source.json"
+            if file.is_file() and file.suffix in _COPIED and not other:
                 shutil.copy(file, scratch)
         save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
 
@@ -109,7 +113,9 @@ def _open(model_dir: Path, files: ExitStack) -> Iterator[tuple[str, Any]]:
     names = ["model.safetensors"]
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            names = sorted(
+                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            )
         except (ValueError, KeyError, TypeError, AttributeError):
             raise JloraError(f"{index} is not a safetensors index; fetch it again") from None
     if absent := [name for name in names if not (model_dir / name).is_file()]:

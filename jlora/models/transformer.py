@@ -158,6 +158,8 @@ _run_remat = nnx.remat(_run)
 class Transformer(nnx.Module):
     """Embedding, layers and final norm."""
 
+    stacked_layers = ("layers",)  # where scan_layers makes them one module
+
     def __init__(
         self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs, *, scan_layers: bool, remat: bool
     ):

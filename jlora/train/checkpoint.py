@@ -52,22 +52,23 @@ class RunCheckpoints:
         """The newest checkpoint, in the shape of `like`, and its meta.
 
         Raises:
-            JloraError: a checkpoint of another schema version.
+            JloraError: a checkpoint of another schema version, or one that cannot be read.
         """
         step = self.manager.latest_step()
-        meta_only = self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
-        checkpoint.check_schema(meta_only.meta, self.directory / str(step))
+        path = self.directory / str(step)
         abstract = jax.eval_shape(lambda s: self._canonical(s, like.trained), like)
-        read = self.manager.restore(
-            step,
-            args=ocp.args.Composite(
-                adapters=ocp.args.StandardRestore(abstract.trained),
-                state=ocp.args.StandardRestore(_rest(abstract)),
-            ),
-        )
+        items = {
+            "adapters": checkpoint.restore_here(abstract.trained),
+            "state": checkpoint.restore_here(_rest(abstract)),
+        }
+        with checkpoint.damage_named(path):
+            only_meta = ocp.args.Composite(meta=ocp.args.JsonRestore())
+            meta = self.manager.restore(step, args=only_meta).meta
+            checkpoint.check_schema(meta, path)
+            read = self.manager.restore(step, args=ocp.args.Composite(**items))
         saved = TrainState(trained=read.adapters, **read.state)
         state = self._map(saved, abstract.trained, lambda t: adapter.restack(t, self.stacks))
-        return state, meta_only.meta
+        return state, meta
 
     def close(self) -> None:
         """Wait until everything is on disk."""

@@ -13,7 +13,6 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
-from flax import nnx
 from tqdm import tqdm
 
 from jlora import checkpoint, config, injection, optim, peft
@@ -52,13 +51,15 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
         Stopped: SIGTERM or SIGINT came; the state was saved first.
     """
     run = Run(settings.output)
+    dtype = load.compute_dtype(settings.dtype, exact=settings.method == "full")
+    settings = dataclasses.replace(settings, dtype=dtype.name)  # "auto" may differ at a resumption
     run.check(settings)
     if run.report.is_file():  # the last file that a run writes
         say(f"{run.path} is finished; its report follows")
-        return json.loads(run.report.read_text())
-    families.read_config(settings.model)  # says best what is wrong with a directory
+        return json.loads(run.report.read_text(encoding="utf-8"))
+    model_config = families.read_config(settings.model)  # says best what is wrong with a directory
     records = source.load_records(settings.data, "train")
-    tokenizer = chat.load_tokenizer(settings.model)
+    tokenizer = chat.load_tokenizer(settings.model, model_config.vocab_size)
     examples, encoded = chat.encode_all(records, tokenizer, settings.loader.max_length)
     batches = Batches(
         examples,
@@ -72,8 +73,8 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
     tx, rate = optim.adamw(settings.optim, steps), optim.schedule(settings.optim, steps)
     measured = measure.Measure(settings, tokenizer)
     say(f"training data: {encoded}; {_padding(batches, settings.loader.max_shapes)}")
+    say(f"the first row, what is trained in [[ ]]:\n{chat.show_mask(examples[0], tokenizer)}")
 
-    dtype = load.compute_dtype(settings.dtype)
     on_cpu = jax.default_backend() == "cpu"
     scan = not on_cpu if settings.scan_layers is None else settings.scan_layers
     options: dict[str, Any] = {"dtype": dtype, "scan_layers": scan, "remat": settings.remat}
@@ -84,17 +85,17 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
     model: Any = load.load(settings.model, **options)
     key_init, key_dropout = jax.random.split(jax.random.key(settings.seed))
     if settings.method == "lora":
-        injection.inject(model, settings.lora, rngs=nnx.Rngs(params=key_init, dropout=key_dropout))
-        say(injection.summary(model))
+        injection.inject(model, settings.lora, rngs=key_init)
         counts = injection.count(model)
     else:
         counts = (injection.count(model)[1],) * 2
-        say(f"trainable params: {counts[0]:,d} || all params: {counts[1]:,d} || trainable%: 100")
+    say(injection.summary_line(*counts))
     stacks = injection.stacks(model)
     trained, base = injection.partition(model, everything=settings.method == "full")
     del model  # the first step consumes its trained leaves
     state = init_state(trained, tx, key_dropout)
 
+    say("measuring the model as it is …")
     before = measured.before(run, lambda: injection.combine(state.trained, base))
     run.start(settings, dataclasses.asdict(before))
     checkpoints = RunCheckpoints(run.checkpoints, stacks, settings.keep_checkpoints)
@@ -108,7 +109,7 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
         rows_seen = meta["data"]["rows_seen"]
         say(f"going on after step {int(state.step)} of {steps}")
     first = int(state.step)
-    run.keep_metrics(first)
+    run.keep_metrics(first, steps)
 
     def meta_of(step: int) -> dict[str, Any]:
         position = {
@@ -120,8 +121,8 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
         kind = checkpoint.lora_meta(settings.lora) | {"method": settings.method}
         return kind | {"step": step, "data": position, "train": config.to_dict(settings)}
 
-    def read(done: Pending) -> float:
-        """Note a step's metrics; stop the run if they are not finite."""
+    def read(done: Pending) -> None:
+        """Note and show a step's metrics; stop the run if they are not finite."""
         loss, norm = float(done.metrics.loss), float(done.metrics.grad_norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             where = [examples[row].where for row in done.batch.rows if row >= 0]
@@ -140,7 +141,9 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
                 "trained_tokens": int(done.batch.targets.sum()),
             }
         )
-        return loss
+        bar.set_postfix(loss=f"{loss:.4f}", tok_s=f"{clock.rate():.0f}")
+        if bar.disable and done.step % 10 == 0:  # no terminal, where a bar would show
+            say(f"step {done.step} of {steps}: loss {loss:.4f}, {clock.rate():.0f} tokens/s")
 
     train_step = make_train_step(tx)
     clock = measure.Clock()
@@ -152,10 +155,7 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
             state, metrics = train_step(state, base, batch)
             rows_seen += int((batch.rows >= 0).sum())
             if pending is not None:
-                progress = {"loss": f"{read(pending):.4f}", "tok_s": f"{clock.rate():.0f}"}
-                bar.set_postfix(progress)
-                if bar.disable and pending.step % 10 == 0:  # no terminal, where a bar would show
-                    say(f"step {pending.step} of {steps}: {progress}")
+                read(pending)
             pending = Pending(step, batch, metrics)
             if on_cpu:  # the host's work would take the step's own cores
                 jax.block_until_ready(metrics)
@@ -177,6 +177,7 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
                 raise Stopped(128 + signals[0].value)
             clock.restart()
 
+    say("measuring the trained model …")
     final = injection.combine(state.trained, base)
     after = measured.after(final)
     if after.loss is not None:
@@ -204,15 +205,16 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
         "loss_rows": measured.loss_rows,
         "steps": steps,
         "rows_seen": rows_seen,
-        "tokens_per_second": clock.rate(),
+        "tokens_per_second": clock.rate() or None,
         "padding": batches.padding_fraction(),
         "adapter_bytes": output.stat().st_size,
         "peak_rss_bytes": peak_rss_bytes(),
         "output": str(output.parent),
     }
     write_text(run.report, json.dumps(report, indent=2) + "\n")
-    say(run.samples.read_text())
-    say(f"{measure.table(before, after)}\n\n{settings.method} training wrote {output.parent}")
+    say(run.samples.read_text(encoding="utf-8"))
+    say(measured.table(before, after))
+    say(f"\nthe {'adapter' if settings.method == 'lora' else 'model'} lies in {output.parent}")
     return report
 
 

@@ -15,6 +15,7 @@ from jlora.config import TrainConfig
 from jlora.data import chat, source
 from jlora.data.batching import Batch, Batches
 from jlora.data.chat import Example
+from jlora.errors import JloraError
 from jlora.generation import generate, stop_ids
 from jlora.train.run import Run
 from jlora.train.step import eval_step
@@ -62,7 +63,7 @@ class Measure:
     def before(self, run: Run, model: Callable[[], Any]) -> Measured:
         """Measure the untrained model; a resumed run reads what it wrote the first time."""
         if run.before.is_file():
-            return Measured(**json.loads(run.before.read_text()))
+            return Measured(**json.loads(run.before.read_text(encoding="utf-8")))
         return self.after(model())
 
     def after(self, model: Any) -> Measured:
@@ -99,11 +100,25 @@ class Measure:
         """Mean loss of the valid split, or None without one."""
         return None if self.batches is None else mean_loss(trained, base, self.batches)
 
+    def table(self, before: Measured, after: Measured) -> str:
+        """What was measured before and after, a line each, and on how many rows."""
+        lines = [f"{'':24}{'before':>10}{'after':>10}"]
+        for name, field, form, rows in (
+            ("exact answers", "exact", ".1%", self.answer_rows),
+            ("likeliest label right", "label", ".1%", self.answer_rows),
+            ("evaluation loss", "loss", ".4f", self.loss_rows),
+        ):
+            was, now = getattr(before, field), getattr(after, field)
+            if was is not None and now is not None:
+                lines.append(f"{name:24}{was:>10{form}}{now:>10{form}}   of {rows} rows")
+        return "\n".join(lines)
+
     def samples_text(self, before: Measured, after: Measured) -> str:
         """samples.md: prompts, references, and the outputs before and after."""
         parts = ["# Outputs before and after training"]
-        for record, was, now in zip(self.shown, before.samples, after.samples, strict=True):
-            asked = next(m["content"] for m in reversed(record.messages) if m["role"] == "user")
+        # Not strict: a run may be resumed with other samples than it had before.
+        for record, was, now in zip(self.shown, before.samples, after.samples, strict=False):
+            asked = record.messages[max(chat.last_answer(record) - 1, 0)]["content"]
             lines = {"reference": chat.answer_text(record), "before": was, "after": now}
             listed = [f"- **{title}**: {_indented(text)}" for title, text in lines.items()]
             parts.append("\n".join([_quoted(asked), *listed]))
@@ -116,9 +131,15 @@ def evaluation_batches(examples: Sequence[Example], batch_size: int) -> Batches:
 
 
 def mean_loss(trained: Mapping[str, Any], base: Any, batches: Batches) -> float:
-    """Mean loss over all trained tokens of one epoch of `batches`, nats."""
+    """Mean loss over all trained tokens of one epoch of `batches`, nats.
+
+    Raises:
+        JloraError: it is not finite.
+    """
     sums = [eval_step(trained, base, batches.batch_at(i)) for i in range(batches.batches_per_epoch)]
     loss, tokens = np.sum(np.asarray(sums, np.float64), axis=0)
+    if not np.isfinite(loss):
+        raise JloraError(f"the evaluation loss is {loss}: the model's outputs are not finite")
     return float(loss / tokens)
 
 
@@ -179,20 +200,6 @@ def plot_loss(metrics: Sequence[Mapping[str, Any]], file: Path) -> None:
     figure.tight_layout()
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
-
-
-def table(before: Measured, after: Measured) -> str:
-    """What was measured before and after, a line each."""
-    lines = [f"{'':24}{'before':>10}{'after':>10}"]
-    for name, field, form in (
-        ("exact answers", "exact", ".1%"),
-        ("likeliest label right", "label", ".1%"),
-        ("evaluation loss", "loss", ".4f"),
-    ):
-        was, now = getattr(before, field), getattr(after, field)
-        if was is not None and now is not None:
-            lines.append(f"{name:24}{was:>10{form}}{now:>10{form}}")
-    return "\n".join(lines)
 
 
 def _quoted(text: str) -> str:

@@ -70,20 +70,23 @@ class Run:
         if not self.before.is_file():
             write_text(self.before, json.dumps(before, indent=2) + "\n")
 
-    def keep_metrics(self, step: int) -> None:
-        """Drop the metrics of steps after `step`: they are about to be taken again."""
-        lines = self.read_metrics()
-        kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= step]
+    def keep_metrics(self, step: int, last: int) -> None:
+        """Drop what is about to be measured again: all after `step`, and the loss after `last`."""
+        kept = [
+            json.dumps(line) + "\n"
+            for line in self.read_metrics()
+            if line["step"] <= step and not ("eval_loss" in line and line["step"] == last)
+        ]
         write_text(self.metrics_file, "".join(kept))
 
     def add_metrics(self, values: Mapping[str, Any]) -> None:
         """Append one line. Values depend on the run's settings alone, never on its speed."""
-        with self.metrics_file.open("a") as file:
+        with self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All complete lines; a last one that a kill cut short is left out."""
         if not self.metrics_file.is_file():
             return []
-        text = self.metrics_file.read_text()
+        text = self.metrics_file.read_text(encoding="utf-8")
         return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]

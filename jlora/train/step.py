@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 from jax import Array
 
 from jlora import injection
@@ -58,8 +57,7 @@ def make_train_step(
 
     def loss_fn(trained: dict[str, Array], base: Any, batch: Batch, key: Array) -> Array:
         model = injection.combine(trained, base)
-        model.train()
-        nnx.reseed(model, policy="match_shape", dropout=key)
+        injection.train_mode(model, key)
         loss, tokens = batch_loss(model, batch)
         return loss / tokens.astype(jnp.float32)
 
@@ -78,7 +76,7 @@ def make_train_step(
 def eval_step(trained: dict[str, Array], base: Any, batch: Batch) -> tuple[Array, Array]:
     """`batch_loss` without dropout."""
     model = injection.combine(trained, base)
-    model.eval()
+    injection.eval_mode(model)
     return batch_loss(model, batch)
 
 
