@@ -4,9 +4,12 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
 
 from jlora.errors import JloraError
 
@@ -44,3 +47,14 @@ def write_text(file: Path, text: str) -> None:
         scratch.write(text)
     os.chmod(scratch.name, 0o644)  # temporary files are their owner's alone
     os.replace(scratch.name, file)
+
+
+def save_tensors(tensors: Mapping[str, np.ndarray], file: Path) -> None:
+    """Write a safetensors file as torch's readers want it; `file` must not exist yet.
+
+    Args:
+        tensors: name -> contiguous array.
+        file: within a directory that is not in place yet, since this is not atomic.
+    """
+    save_file(dict(tensors), file, metadata={"format": "pt"})
+    file.chmod(0o644)  # the library makes files that their owner alone can read

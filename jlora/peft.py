@@ -15,12 +15,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from jlora import adapter, config, injection
 from jlora.adapter import LORA_A, LORA_B, Site, Target
 from jlora.checkpoint import StoredAdapter, check_fits, gather
 from jlora.errors import JloraError
+from jlora.files import save_tensors
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
@@ -79,9 +79,8 @@ def write_peft(
     path.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path) as scratch:
         weights, text = Path(scratch, WEIGHTS_FILE), Path(scratch, CONFIG_FILE)
-        save_file(tensors, weights, metadata={"format": "pt"})
+        save_tensors(tensors, weights)
         text.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        weights.chmod(text.stat().st_mode)  # safetensors makes files that only the owner reads
         os.replace(weights, path / WEIGHTS_FILE)
         os.replace(text, path / CONFIG_FILE)
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from jlora.errors import JloraError, nearest
-from jlora.files import new_directory
+from jlora.files import new_directory, save_tensors
 
 
 @dataclass(frozen=True)
@@ -236,7 +236,6 @@ def _write_weights(
 ) -> None:
     """Write every tensor as float32 under its Hugging Face name."""
     import gguf
-    from safetensors.numpy import save_file
 
     sizes = {
         "vocab": config["vocab_size"],
@@ -280,7 +279,7 @@ def _write_weights(
             + "\n  ".join(problems)
             + f"\nStart from the original Hugging Face directory instead.{hint}"
         )
-    save_file(weights, to, metadata={"format": "pt"})
+    save_tensors(weights, to)
 
 
 def _undo_interleaving(weight: np.ndarray, heads: int) -> np.ndarray:

@@ -13,11 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from jlora import adapter, injection, paths
 from jlora.errors import JloraError
-from jlora.files import new_directory
+from jlora.files import new_directory, save_tensors
 from jlora.models import families
 from jlora.models.transformer import CausalLM
 
@@ -104,7 +103,7 @@ def save(model: CausalLM, to: Path, *, source: Path) -> None:
             other = file.name.startswith("model.safetensors") or file.name == "jlora_source.json"
             if file.is_file() and file.suffix in _COPIED and not other:
                 shutil.copy(file, scratch)
-        save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
+        save_tensors(tensors, scratch / "model.safetensors")
 
 
 def _open(model_dir: Path, files: ExitStack) -> Iterator[tuple[str, Any]]:

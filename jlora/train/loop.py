@@ -189,7 +189,7 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
         shutil.rmtree(run.model, ignore_errors=True)  # of a process that was stopped right here
         load.save(final, run.model, source=settings.model)
         output = run.model / "model.safetensors"
-    measure.plot_loss(run.read_metrics(), run.loss_plot)
+    measure.plot_loss(run.read_metrics(), before.loss, run.loss_plot)
     write_text(run.samples, measured.samples_text(before, after))
     report = {
         "method": settings.method,

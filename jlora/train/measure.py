@@ -178,7 +178,7 @@ class Clock:
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
-def plot_loss(metrics: Sequence[Mapping[str, Any]], file: Path) -> None:
+def plot_loss(metrics: Sequence[Mapping[str, Any]], before: float | None, file: Path) -> None:
     """Draw the training loss, a running mean of it, and the evaluation losses, to a PNG file."""
     import matplotlib
 
@@ -187,7 +187,8 @@ def plot_loss(metrics: Sequence[Mapping[str, Any]], file: Path) -> None:
 
     steps = [m["step"] for m in metrics if "loss" in m]
     losses = [m["loss"] for m in metrics if "loss" in m]
-    evals = [(m["step"], m["eval_loss"]) for m in metrics if "eval_loss" in m]
+    evals = [] if before is None else [(0, before)]
+    evals += [(m["step"], m["eval_loss"]) for m in metrics if "eval_loss" in m]
     window = max(len(steps) // 20, 1)
     smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
     figure, axes = pyplot.subplots(figsize=(7, 4))
