@@ -323,9 +323,16 @@ def test_a_signal_during_an_evaluation_waits_for_the_next_step(
     assert said[-1] == "SIGTERM: saved step 2 of 8; go on with --resume"
 
 
-def test_signal_handlers_are_put_back(interrupted):
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+def test_signal_handlers_are_put_back():
+    watched = (signal.SIGTERM, signal.SIGINT)  # which a shell may have set to be ignored
+    before = [signal.getsignal(number) for number in watched]
+    with loop.stop_signals() as received:
+        during = [signal.getsignal(number) for number in watched]
+        assert not set(during) & set(before)
+        signal.raise_signal(signal.SIGTERM)
+        assert received == [signal.SIGTERM]
+        assert signal.getsignal(signal.SIGTERM) == before[0]  # a second one kills
+    assert [signal.getsignal(number) for number in watched] == before
 
 
 def refused(settings, match):
