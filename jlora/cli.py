@@ -45,7 +45,7 @@ def convert(settings: config.ConvertConfig) -> None:
 
 
 def train(settings: config.TrainConfig) -> None:
-    """Train, and print what report.json says."""
+    """Train, and print what report.json says. --config FILE.toml gives settings that flags beat."""
     from jlora.train import loop
 
     report = loop.train(settings, say=functools.partial(print, flush=True))
@@ -188,7 +188,9 @@ def _take_config(arguments: list[str], name: str) -> tuple[list[str], Path | Non
     outputs += [a.partition("=")[2] for a in arguments if a.startswith("--output=")]
     if "--resume" in arguments and outputs:
         file = Path(outputs[-1], "config.toml")
-        return arguments, file if file.is_file() else None
+        if not file.is_file():
+            raise JloraError(f"--resume: {file.parent} holds no run (config.toml is absent)")
+        return arguments, file
     return arguments, None
 
 

@@ -118,8 +118,8 @@ class OptimConfig(_Strict):
 
     lr: float = 2e-4
     """Peak learning rate."""
-    warmup_steps: int = 5
-    """Steps from zero to the peak."""
+    warmup_steps: int | None = None
+    """Steps from zero to the peak; None means a twentieth of all."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of the first and the second moment."""
     eps: float = 1e-8

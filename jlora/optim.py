@@ -9,20 +9,21 @@ from jlora.errors import JloraError
 def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     """Linear warm-up to `config.lr`, then half a cosine to zero at `steps`.
 
-    The first step already moves: its rate is lr / (warmup_steps + 1).
+    The first step already moves: its rate is lr / (warm-up + 1).
 
     Raises:
         JloraError: the warm-up is not shorter than the run.
     """
-    if config.warmup_steps >= steps:
+    warmup = steps // 20 if config.warmup_steps is None else config.warmup_steps
+    if warmup >= steps:
         raise JloraError(
-            f"optim.warmup_steps is {config.warmup_steps}, but the run has only {steps} steps; "
+            f"optim.warmup_steps is {warmup}, but the run has only {steps} steps; "
             "make the warm-up shorter or the run longer"
         )
     return optax.schedules.warmup_cosine_decay_schedule(
-        init_value=config.lr / (config.warmup_steps + 1),
+        init_value=config.lr / (warmup + 1),
         peak_value=config.lr,
-        warmup_steps=config.warmup_steps,
+        warmup_steps=warmup,
         decay_steps=steps,
     )
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from helpers import write_model
 
+from jlora import cli, optim
 from jlora.config import EvalConfig, LoaderConfig, LoraConfig, OptimConfig, TrainConfig
 from jlora.data import chat, source
 from jlora.data.batching import Batches
@@ -127,3 +128,18 @@ def test_weights_that_are_trained_stay_exact() -> None:
 def test_alphas_that_train_nothing(changes: dict, message: str) -> None:
     with pytest.raises(JloraError, match=message):
         LoraConfig(**changes)
+
+
+def test_the_warm_up_is_a_twentieth_where_none_is_given() -> None:
+    for steps, warmup in ((1, 0), (19, 0), (100, 5)):
+        rate = optim.schedule(OptimConfig(lr=1.0), steps)
+        values = [float(rate(step)) for step in range(steps)]
+        assert values.index(max(values)) == warmup
+        assert values[0] == pytest.approx(1 / (warmup + 1))
+
+
+def test_resuming_what_is_not_there_says_so(tmp_path: Path, capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", "--resume", "--output", str(tmp_path / "none")])
+    assert stopped.value.code == 2
+    assert f"--resume: {tmp_path / 'none'} holds no run" in capsys.readouterr().err

@@ -73,6 +73,8 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
     tx, rate = optim.adamw(settings.optim, steps), optim.schedule(settings.optim, steps)
     measured = measure.Measure(settings, tokenizer)
     say(f"training data: {encoded}; {_padding(batches, settings.loader.max_shapes)}")
+    if not measured.splits:
+        say("there is no valid or test split: no loss or answers are measured before and after")
     say(f"the first row, what is trained in [[ ]]:\n{chat.show_mask(examples[0], tokenizer)}")
 
     on_cpu = jax.default_backend() == "cpu"

@@ -47,9 +47,9 @@ class Measure:
     def __init__(self, settings: TrainConfig, tokenizer: Any):
         self.settings, self.tokenizer = settings, tokenizer
         wanted, data = settings.eval, settings.data
-        has = {split: source.has_split(data, split) for split in ("valid", "test")}
-        valid = source.load_records(data, "valid")[: wanted.loss_rows] if has["valid"] else []
-        test = source.load_records(data, "test") if has["test"] else []
+        self.splits = [split for split in ("valid", "test") if source.has_split(data, split)]
+        read = {split: source.load_records(data, split) for split in self.splits}
+        valid, test = read.get("valid", [])[: wanted.loss_rows], read.get("test", [])
         self.labels = source.read_labels(data)
         self.questions = test[: wanted.answer_rows]
         self.shown = (test or valid or source.load_records(data, "train"))[: wanted.samples]
