@@ -55,7 +55,7 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
     settings = dataclasses.replace(settings, dtype=dtype.name)  # "auto" may differ at a resumption
     run.check(settings)
     if run.report.is_file():  # the last file that a run writes
-        say(f"{run.path} is finished; its report follows")
+        say(f"{run.path} is finished: this is what it left\n\n{run.samples.read_text('utf-8')}")
         return json.loads(run.report.read_text(encoding="utf-8"))
     model_config = families.read_config(settings.model)  # says best what is wrong with a directory
     records = source.load_records(settings.data, "train")
@@ -249,7 +249,7 @@ def peak_rss_bytes() -> int:
 
 def _padding(batches: Batches, max_shapes: int) -> str:
     padding = batches.padding_fraction()
-    line = f"{len(batches.shapes)} shapes, {padding:.1%} padding"
+    line = f"lengths {[length for _, length in batches.shapes]}, {padding:.1%} padding"
     if padding > PADDING_LIMIT and len(batches.shapes) == max_shapes:
         line += f" (over {PADDING_LIMIT:.0%}: raise loader.max_shapes above {max_shapes})"
     return line
