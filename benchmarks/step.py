@@ -2,22 +2,22 @@
 
     python benchmarks/step.py --batch 4 --length 256 --rank 16
 
-Prints JSON: seconds a step (minimum, median, maximum), tokens a second at the median, the seconds
-to the first step, FLOPs of the compiled step, and peak memory. Other work on the machine can double
-such times: compare medians of alternating runs, never two lone ones.
+Prints JSON: seconds of each step after the first, when the first was done, FLOPs of the compiled
+step, and peak memory. Other work on the machine can double such times: compare medians of
+alternating runs, never two lone ones. step_vs_peft.py does that against PEFT.
 """
 
 import argparse
 import json
-import platform
 import time
 
 import jax
 import numpy as np
 from flax import nnx
+from record import versions
 
 import jlora
-from jlora import optim
+from jlora import cli, optim
 from jlora.config import OptimConfig
 from jlora.data.batching import Batch
 from jlora.models.transformer import CausalLM, ModelConfig
@@ -49,7 +49,8 @@ def main() -> None:
     parser.add_argument("--scan-layers", action="store_true")
     args = parser.parse_args()
 
-    began = time.perf_counter()
+    if jax.config.jax_compilation_cache_dir is None:
+        cli.use_compilation_cache()  # as every command does
     model = CausalLM(SMOLLM2_135M, rngs=nnx.Rngs(0), scan_layers=args.scan_layers)
     jlora.inject(model, jlora.LoraConfig(r=args.rank, lora_alpha=2 * args.rank), rngs=nnx.Rngs(1))
     trained, base = jlora.partition(model)
@@ -73,22 +74,20 @@ def main() -> None:
         jax.block_until_ready(metrics)
         seconds.append(time.perf_counter() - start)
         if i == 0:
-            first = time.perf_counter() - began
-    median = float(np.median(seconds[1:]))
+            first_step_at = time.time()
     result = {
         "batch": args.batch,
         "length": args.length,
         "rank": args.rank,
         "scan_layers": args.scan_layers,
+        "trainable_params": sum(leaf.size for leaf in trained.values()),
         "loss": float(metrics.loss),
-        "seconds_per_step": [min(seconds[1:]), median, max(seconds[1:])],
-        "tokens_per_second": args.batch * args.length / median,
-        "seconds_to_first_step": first,
+        "seconds_per_step": seconds[1:],
+        "first_step_at": first_step_at,
         "flops_per_step": cost.get("flops"),
         "peak_rss_bytes": peak_rss_bytes(),
         "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "python": platform.python_version(),
+        "versions": versions(["jax", "jaxlib", "flax", "optax", "numpy"]),
     }
     print(json.dumps(result, indent=2))
 

@@ -1,10 +1,12 @@
 """An adapter on disk, whichever form it has: a run, an Orbax checkpoint, or a PEFT directory."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jlora import adapter, checkpoint, injection, peft
 from jlora.checkpoint import StoredAdapter
@@ -23,7 +25,8 @@ def load_adapter(path: str | Path, model: Any) -> Any:
 
     Raises:
         JloraError: nothing readable at `path`; factors that the model has no place for, places
-            without a factor, shapes that differ (all at once). The model is then as it was.
+            without a factor, shapes that differ (all at once); copies of base weights that are not
+            the model's. The model is then as it was.
     """
     return apply(read(path), model)
 
@@ -81,6 +84,7 @@ def apply(stored: StoredAdapter, model: Any) -> Any:
     except JloraError as error:
         raise JloraError(f"the adapter in {stored.where} is not for this model: {error}") from None
     checkpoint.check_fits(stored, targets)
+    _check_base(stored, model, targets)
     if not trained:
         injection.inject(model, stored.config, rngs=jax.random.key(0), training=False)
     elif not _injected_alike(model, trained, targets):
@@ -90,6 +94,32 @@ def apply(stored: StoredAdapter, model: Any) -> Any:
         )
     injection.update(model, adapter.restack(stored.factors, injection.stacks(model)))
     return model
+
+
+def _check_base(stored: StoredAdapter, model: Any, targets: Sequence[adapter.Target]) -> None:
+    """Demand that the copies of base weights that came with the adapter are the model's own.
+
+    Raises:
+        JloraError: some differ; all are named.
+    """
+    if not stored.base_weights:
+        return
+    leaves, _ = injection.partition(model, everything=True)
+    leaves = adapter.unstack(leaves, injection.stacks(model))
+    differing = []
+    for name, target in adapter.iter_names(targets):
+        if (copy := stored.base_weights.get(name)) is not None:
+            weight = leaves[f"{name}/{target.site.weight}"]
+            rows = weight.reshape(math.prod(target.site.in_shape), -1).T
+            if copy.shape != rows.shape or not np.array_equal(
+                np.asarray(rows), np.asarray(copy).astype(rows.dtype)
+            ):
+                differing.append(name)
+    if differing:
+        raise JloraError(
+            f"the adapter in {stored.where} comes with base weights of {', '.join(differing)} that "
+            "are not this model's: it was trained on another model, or resized or trained its own"
+        )
 
 
 def _injected_alike(

@@ -29,6 +29,8 @@ class StoredAdapter:
     """Canonical path -> array: lora_a (r, *in), lora_b (r, *out)."""
     where: str
     """For messages."""
+    base_weights: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Module's canonical path -> its base weight (out, in), where the file has a copy of it."""
 
 
 def save_adapter(path: str | Path, model: Any, config: config.LoraConfig) -> None:

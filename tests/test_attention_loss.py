@@ -188,6 +188,21 @@ class TestCrossEntropy:
         np.testing.assert_allclose(loss, plain(1e3 * HIDDEN, HEAD, TARGETS, mask), rtol=1e-5)
         assert jnp.isfinite(grads).all()
 
+    def test_nearly_certain_answers_keep_their_digits(self) -> None:
+        """A log-sum-exp of 60 would round these losses, of 2e-4, by up to 2e-6."""
+        logits = 49 + np.random.default_rng(0).integers(-8, 8, (20, 10)) / 16
+        logits[:, 7] = 60 + np.arange(20) / 64  # all exact in float32
+        probs = np.exp(logits - 60) / np.exp(logits - 60).sum(axis=1, keepdims=True)
+        expected = -np.log(probs[:, 7])
+        assert 1e-4 < expected.min() < expected.max() < 5e-4
+        probs[:, 7] -= 1
+        ones, answer, mask = jnp.ones((1, 1)), jnp.asarray([7], jnp.int32), jnp.ones(1, bool)
+        compute = jax.jit(jax.value_and_grad(cross_entropy))
+        for row in range(20):
+            loss, grad = compute(ones, jnp.asarray(logits[row, :, None], jnp.float32), answer, mask)
+            np.testing.assert_allclose(loss, expected[row], rtol=0, atol=3e-7)
+            np.testing.assert_allclose(grad[0, 0], probs[row] @ logits[row], rtol=1e-2)
+
     def test_a_loss_that_nothing_depends_on(self) -> None:
         def unused(hidden: jax.Array) -> jax.Array:
             cross_entropy(hidden, HEAD, TARGETS, jnp.ones(N, bool))

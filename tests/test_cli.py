@@ -395,11 +395,11 @@ def test_compiled_programs_are_kept_between_processes(home, tmp_path):
 def test_a_cache_of_the_users_own_is_kept(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     mine = jax.config.jax_compilation_cache_dir
-    cli._use_compilation_cache()
+    cli.use_compilation_cache()
     assert jax.config.jax_compilation_cache_dir == mine
     try:
         jax.config.update("jax_compilation_cache_dir", None)
-        cli._use_compilation_cache()
+        cli.use_compilation_cache()
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "jlora" / "xla")
     finally:
         jax.config.update("jax_compilation_cache_dir", mine)

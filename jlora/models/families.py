@@ -115,8 +115,11 @@ def _inv_freq(file: Path, config: Mapping[str, Any], head_dim: int) -> tuple[flo
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     theta = rope.get("rope_theta") or config.get("rope_theta", 10000.0)
     kind = rope.get("rope_type") or rope.get("type") or "default"
+    # In float32 as models were trained, each operation rounded to the nearest: NumPy's own float32
+    # power is off by 2 ulp, which at a position in the thousands is an angle 1e-3 away.
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    freq = (1.0 / np.float32(theta) ** exponents).astype(np.float32)
+    powers = np.float64(np.float32(theta)) ** exponents.astype(np.float64)
+    freq = np.float32(1) / powers.astype(np.float32)
     try:
         if kind == "linear":
             freq = freq / np.float32(rope["factor"])

@@ -152,7 +152,7 @@ def _run(
     return layer(x, ctx, cache)
 
 
-_run_remat = nnx.remat(_run)
+_run_jit, _run_remat = nnx.jit(_run), nnx.remat(_run)
 
 
 class Transformer(nnx.Module):
@@ -184,7 +184,7 @@ class Transformer(nnx.Module):
         x = self.embed_tokens(tokens)
         cos, sin = rotary_tables(positions, jnp.asarray(self.config.inv_freq, jnp.float32), x.dtype)
         ctx = Context(cos, sin, mask, None if cache is None else cache.length)
-        run = _run_remat if self.remat and cache is None else _run
+        run = _run_remat if self.remat and cache is None else _run_jit
         layer_caches: Any = None if cache is None else (cache.keys, cache.values)
         if self.scan_layers:
             scan = nnx.scan(

@@ -50,11 +50,15 @@ def _run(
         states = hidden.at[rows].get(mode="fill", fill_value=0)
         answer = targets.at[rows].get(mode="fill", fill_value=0)
         logits = jnp.einsum("nd,vd->nv", states, head, preferred_element_type=jnp.float32)
-        log_norm = jax.nn.logsumexp(logits, axis=-1)
-        picked = jnp.take_along_axis(logits, answer[:, None], axis=-1)[:, 0]
-        loss = loss + jnp.where(valid, log_norm - picked, 0).sum()
+        # Relative to the largest, never to a log-sum-exp: where the answer is nearly certain, both
+        # its loss and 1 - p are far smaller than the rounding of a logit.
+        shifted = logits - logits.max(axis=-1, keepdims=True)
+        exps = jnp.exp(shifted)
+        norm = exps.sum(axis=-1)
+        picked = jnp.take_along_axis(shifted, answer[:, None], axis=-1)[:, 0]
+        loss = loss + jnp.where(valid, jnp.log(norm) - picked, 0).sum()
         if want_hidden or want_head:
-            probs = jnp.exp(logits - log_norm[:, None])
+            probs = exps / norm[:, None]
             d_logits = probs - jax.nn.one_hot(answer, head.shape[0], dtype=probs.dtype)
             d_logits = jnp.where(valid[:, None], d_logits, 0).astype(hidden.dtype)
             if want_hidden:
