@@ -49,8 +49,7 @@ def main() -> None:
     parser.add_argument("--scan-layers", action="store_true")
     args = parser.parse_args()
 
-    if jax.config.jax_compilation_cache_dir is None:
-        cli.use_compilation_cache()  # as every command does
+    cli.use_compilation_cache()  # as every command does
     model = CausalLM(SMOLLM2_135M, rngs=nnx.Rngs(0), scan_layers=args.scan_layers)
     jlora.inject(model, jlora.LoraConfig(r=args.rank, lora_alpha=2 * args.rank), rngs=nnx.Rngs(1))
     trained, base = jlora.partition(model)

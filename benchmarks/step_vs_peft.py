@@ -40,7 +40,7 @@ def main() -> None:
         "peft": [args.peft_python, str(HERE / "peft_step.py"), *flags],
     }
     with tempfile.TemporaryDirectory() as cache:
-        environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache}
+        environment = os.environ | {"XDG_CACHE_HOME": cache}  # where ours lies
         cold = run(commands["jlora"], environment)
         rounds = []
         for number in range(args.rounds):

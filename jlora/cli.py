@@ -226,6 +226,9 @@ def use_compilation_cache() -> None:
     if options.jax_compilation_cache_dir is None:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jlora" / "xla"
         options.update("jax_compilation_cache_dir", str(cache))
+        # JAX's own limit of 1 s leaves out many small programs that add up to seconds.
+        if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+            options.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
 
 if __name__ == "__main__":

@@ -383,7 +383,6 @@ def test_compiled_programs_are_kept_between_processes(home, tmp_path):
         done = run_process(
             *("generate", "--model", home / "model", "--prompt", "aaa", "--max-new-tokens", "4"),
             XDG_CACHE_HOME=str(tmp_path),
-            JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
         )
         assert done.returncode == 0
         assert done.stderr == ""
@@ -394,15 +393,21 @@ def test_compiled_programs_are_kept_between_processes(home, tmp_path):
 
 def test_a_cache_of_the_users_own_is_kept(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    mine = jax.config.jax_compilation_cache_dir
-    cli.use_compilation_cache()
-    assert jax.config.jax_compilation_cache_dir == mine
+    options = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: jax.config.values[name] for name in options}
+    monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", raising=False)
     try:
+        jax.config.update("jax_compilation_cache_dir", "/mine")
+        cli.use_compilation_cache()
+        assert jax.config.jax_compilation_cache_dir == "/mine"
+        assert jax.config.jax_persistent_cache_min_compile_time_secs == before[options[1]]
         jax.config.update("jax_compilation_cache_dir", None)
         cli.use_compilation_cache()
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "jlora" / "xla")
+        assert jax.config.jax_persistent_cache_min_compile_time_secs < 1
     finally:
-        jax.config.update("jax_compilation_cache_dir", mine)
+        for name, value in before.items():
+            jax.config.update(name, value)
 
 
 def test_errors_of_the_process_are_one_line(tmp_path):
