@@ -52,13 +52,12 @@ def _run(
         logits = jnp.einsum("nd,vd->nv", states, head, preferred_element_type=jnp.float32)
         # Relative to the largest, never to a log-sum-exp: where the answer is nearly certain, both
         # its loss and 1 - p are far smaller than the rounding of a logit.
-        shifted = logits - logits.max(axis=-1, keepdims=True)
-        exps = jnp.exp(shifted)
-        norm = exps.sum(axis=-1)
-        picked = jnp.take_along_axis(shifted, answer[:, None], axis=-1)[:, 0]
-        loss = loss + jnp.where(valid, jnp.log(norm) - picked, 0).sum()
+        largest = logits.max(axis=-1, keepdims=True)
+        log_norm = jnp.log(jnp.exp(logits - largest).sum(axis=-1, keepdims=True))
+        picked = jnp.take_along_axis(logits, answer[:, None], axis=-1)
+        loss = loss + jnp.where(valid, (log_norm - (picked - largest))[:, 0], 0).sum()
         if want_hidden or want_head:
-            probs = exps / norm[:, None]
+            probs = jnp.exp((logits - largest) - log_norm)
             d_logits = probs - jax.nn.one_hot(answer, head.shape[0], dtype=probs.dtype)
             d_logits = jnp.where(valid[:, None], d_logits, 0).astype(hidden.dtype)
             if want_hidden:
