@@ -2,13 +2,15 @@
 # make test    the test suite
 # make lint    ruff (style and format) and mypy (types)
 # make parity  against transformers and PEFT, in an environment with torch
-# make bench   our training step and PEFT's in alternation: a quarter of an hour, alone
+# make bench   our training step and PEFT's in alternation, for a machine with nothing else to do
+# make bench-demo  what the demo learnt, and what PEFT learns from the same rows
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PARITY := .venv-parity
 
+.NOTPARALLEL:
 .PHONY: demo test lint parity bench bench-demo format clean
 
 demo: $(VENV)/installed
@@ -55,8 +57,8 @@ $(VENV)/installed-dev: pyproject.toml $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --editable ".[test,lint]"
 	touch $@
 
-# pip takes torch from its own index: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu spares
-# gigabytes of CUDA where the usual index has no CPU build.
+# PyPI's torch for Linux brings gigabytes of CUDA along; to spare them, set
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 $(PARITY)/installed: pyproject.toml
 	$(PYTHON) -m venv $(PARITY)
 	$(PARITY)/bin/python -m pip install --quiet --editable ".[test,parity]"

@@ -35,6 +35,8 @@ def main() -> None:
     args = parser.parse_args()
     file = args.run / "config.toml"
     settings = config.from_dict(TrainConfig, config.read_toml(file), where=str(file))
+    if settings.method != "lora" or settings.lora.init_lora_weights is not True:
+        raise SystemExit(f"{file}: only LoRA with the usual initial factors is compared")
     report = json.loads((args.run / "report.json").read_text(encoding="utf-8"))
 
     theirs = train(settings, report["steps"], args.seed)
@@ -68,10 +70,9 @@ def train(settings: TrainConfig, steps: int, seed: int) -> Any:
     """What PEFT makes of the run's settings."""
     lora, wanted = settings.lora, settings.optim
     torch.manual_seed(seed)
-    same = ("r", "lora_alpha", "target_modules", "lora_dropout", "use_rslora", "task_type")
-    model = peft.get_peft_model(
-        base_model(settings), peft.LoraConfig(**{name: getattr(lora, name) for name in same})
-    )
+    same = {name: value for name, value in config.to_dict(lora).items() if value != []}
+    model = peft.get_peft_model(base_model(settings), peft.LoraConfig(**same))
+    model.config.use_cache = False
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         trained, betas=wanted.betas, eps=wanted.eps, weight_decay=wanted.weight_decay

@@ -2,17 +2,16 @@
 
     .venv-parity/bin/python benchmarks/peft_step.py --batch 4 --length 256 --rank 16
 
-Prints the same JSON as step.py. Both run SmolLM2-135M's shape in float32.
+Prints the JSON that step_vs_peft.py reads of both sides: SmolLM2-135M's shape in float32.
 """
 
 import argparse
 import json
-import resource
 import time
 
 import torch
 from peft import LoraConfig, get_peft_model
-from record import versions
+from record import peak_rss_bytes, versions
 from transformers import LlamaConfig, LlamaForCausalLM
 
 SMOLLM2_135M = LlamaConfig(
@@ -25,6 +24,7 @@ SMOLLM2_135M = LlamaConfig(
     max_position_embeddings=8192,
     rope_theta=1e5,
     tie_word_embeddings=True,
+    use_cache=False,  # no keys and values are kept while training
 )
 
 
@@ -65,7 +65,7 @@ def main() -> None:
         "loss": value,
         "seconds_per_step": seconds[1:],
         "first_step_at": first_step_at,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_rss_bytes": peak_rss_bytes(),
         "device": "cpu",
         "versions": versions(["torch", "peft", "transformers"]),
     }

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import time
@@ -18,6 +19,12 @@ def versions(packages: Sequence[str]) -> dict[str, str]:
     """Python's and the packages', of the calling process's environment."""
     found = {name: importlib.metadata.version(name) for name in packages}
     return {"python": platform.python_version(), **found}
+
+
+def peak_rss_bytes() -> int:
+    """Most memory that this process had resident."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def write(name: str, command: str, result: dict[str, Any]) -> Path:

@@ -14,14 +14,13 @@ import time
 import jax
 import numpy as np
 from flax import nnx
-from record import versions
+from record import peak_rss_bytes, versions
 
 import jlora
 from jlora import cli, optim
 from jlora.config import OptimConfig
 from jlora.data.batching import Batch
 from jlora.models.transformer import CausalLM, ModelConfig
-from jlora.train.loop import peak_rss_bytes
 from jlora.train.step import init_state, make_train_step
 
 SMOLLM2_135M = ModelConfig(

@@ -105,14 +105,21 @@ def _check_base(stored: StoredAdapter, model: Any, targets: Sequence[adapter.Tar
     if not stored.base_weights:
         return
     leaves, _ = injection.partition(model, everything=True)
-    leaves = adapter.unstack(leaves, injection.stacks(model))
     differing = []
-    for name, target in adapter.iter_names(targets):
-        if (copy := stored.base_weights.get(name)) is not None:
-            weight = leaves[f"{name}/{target.site.weight}"]
-            rows = weight.reshape(math.prod(target.site.in_shape), -1).T
-            if copy.shape != rows.shape or not np.array_equal(
-                np.asarray(rows), np.asarray(copy).astype(rows.dtype)
+    for target in targets:
+        site = target.site
+        copies = {n: stored.base_weights[n] for n in site.names if n in stored.base_weights}
+        if not copies:
+            continue
+        path = f"{site.path}/{site.weight}"
+        weights = adapter.unstack({path: leaves[path]}, injection.stacks(model))
+        for name, copy in copies.items():
+            weight = np.asarray(weights[f"{name}/{site.weight}"])
+            rows = weight.reshape(math.prod(site.in_shape), -1).T
+            # Either side may have rounded what both were loaded from.
+            if not (
+                np.array_equal(rows, copy.astype(rows.dtype))
+                or np.array_equal(rows.astype(copy.dtype), copy)
             ):
                 differing.append(name)
     if differing:

@@ -243,6 +243,7 @@ def by_hand(to: Path, tensors: dict | None = None, **settings: Any) -> tuple[Pat
         "peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["layers.0", "lm_head"],
         "bias": "none", "use_dora": False, "lora_bias": False, "megatron_core": "megatron.core",
         "modules_to_save": None, "layers_pattern": None, "peft_version": "0.20.0",
+        "use_qalora": False, "qalora_group_size": 16,
         "init_lora_weights": True, "base_model_name_or_path": "x", "exclude_modules": None,
     }  # fmt: skip
     (to / peft.CONFIG_FILE).write_text(json.dumps(written | settings))
@@ -263,12 +264,13 @@ def test_a_directory_by_hand_does_what_peft_would(tmp_path: Path) -> None:
     np.testing.assert_allclose(model(x), expected(x), rtol=1e-5, atol=1e-6)
 
 
-def test_a_copy_of_the_base_weight_is_read_past(tmp_path: Path) -> None:
-    """PEFT saves one along with a targeted lm_head."""
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_a_copy_of_the_base_weight_is_read_past(tmp_path: Path, dtype: type) -> None:
+    """PEFT saves one along with a targeted lm_head, in the dtype that it had there."""
     model, expected = Mlp(nnx.Rngs(0)), Mlp(nnx.Rngs(0))
     _, tensors = by_hand(tmp_path / "p")
     jlora.load_adapter(tmp_path / "p", expected)
-    kernel = np.ascontiguousarray(np.asarray(model.lm_head.kernel[...]).T)
+    kernel = np.ascontiguousarray(np.asarray(model.lm_head.kernel[...], dtype).T)
     tensors["base_model.model.lm_head.base_layer.weight"] = kernel
     jlora.load_adapter(by_hand(tmp_path / "q", tensors)[0], model)
     assert_same(everything(model)[1], everything(expected)[1])
@@ -343,10 +345,12 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
     "other type": (hand(peft_type="IA3"), ["peft_type is 'IA3', only 'LORA' is read"]),
     "no type": (hand(peft_type=None), ["peft_type is None"]),
     "unsupported": (
-        hand(use_dora=True, bias="all", modules_to_save=["lm_head"], init_lora_weights="pissa",
-             lora_bias=True, layers_pattern="h", fan_in_fan_out=True, unheard_of=3),
-        ["not supported: ", "use_dora = True", "bias = 'all'", "modules_to_save = ['lm_head']",
-         "init_lora_weights = 'pissa'", "lora_bias = True", "layers_pattern = 'h'",
+        hand(use_dora=True, use_qalora=True, bias="all", modules_to_save=["lm_head"],
+             init_lora_weights="pissa", lora_bias=True, layers_pattern="h",
+             fan_in_fan_out=True, unheard_of=3),
+        ["not supported: ", "use_dora = True", "use_qalora = True", "bias = 'all'",
+         "modules_to_save = ['lm_head']", "init_lora_weights = 'pissa'", "lora_bias = True",
+         "layers_pattern = 'h'",
          "fan_in_fan_out = True", "unheard_of = 3"],
     ),
     "wrong value": (hand(r="two"), ["adapter_config.json:", "'r': "]),

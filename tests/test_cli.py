@@ -388,7 +388,7 @@ def test_compiled_programs_are_kept_between_processes(home, tmp_path):
         assert done.stderr == ""
         said.append(done.stdout)
     assert said[0] == said[1]
-    assert len(contents(tmp_path / "jlora" / "xla")) > 1  # small programs too
+    assert len(contents(tmp_path / "jlora" / "xla")) > 1
 
 
 def test_a_cache_of_the_users_own_is_kept(monkeypatch, tmp_path):

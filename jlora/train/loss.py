@@ -50,8 +50,8 @@ def _run(
         states = hidden.at[rows].get(mode="fill", fill_value=0)
         answer = targets.at[rows].get(mode="fill", fill_value=0)
         logits = jnp.einsum("nd,vd->nv", states, head, preferred_element_type=jnp.float32)
-        # Relative to the largest, never to a log-sum-exp: where the answer is nearly certain, both
-        # its loss and 1 - p are far smaller than the rounding of a logit.
+        # Relative to the largest logit, never to a log-sum-exp, which is rounded as coarsely as
+        # any number of its size: nearly certain answers would lose digits of loss and of 1 - p.
         largest = logits.max(axis=-1, keepdims=True)
         log_norm = jnp.log(jnp.exp(logits - largest).sum(axis=-1, keepdims=True))
         picked = jnp.take_along_axis(logits, answer[:, None], axis=-1)

@@ -26,7 +26,7 @@ def test_logits(tiny, family, scan_layers):
 @pytest.mark.parametrize("theta", [10000.0, 100000.0, 500000.0, 1000000.0, 12345.6])
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 def test_rotary_frequencies(tmp_path, theta, head_dim):
-    """To the last bit but one: where positions are in the thousands, two of them show."""
+    """At most one unit in the last place apart, which at position 8191 is 5e-4 of a radian."""
     config = LlamaConfig(
         architectures=["LlamaForCausalLM"],
         vocab_size=97,
@@ -43,4 +43,4 @@ def test_rotary_frequencies(tmp_path, theta, head_dim):
     for ours, theirs in zip(
         rotary_tables(positions, got, np.dtype(np.float32)), expected, strict=True
     ):
-        np.testing.assert_allclose(ours[0, :, 0], theirs[0, :, : head_dim // 2], atol=2e-4)
+        np.testing.assert_allclose(ours[0, :, 0], theirs[0, :, : head_dim // 2], atol=6e-4)

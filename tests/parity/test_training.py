@@ -65,6 +65,7 @@ def train_theirs(base: Any, adapter: Any, batches: list[Batch]) -> tuple[np.ndar
     """(loss, gradient norm before clipping) of each step, (STEPS, 2), and the trained factors."""
     model = peft.PeftModel.from_pretrained(base, adapter, is_trainable=True)
     model.train()
+    model.config.use_cache = False
     trained = [p for p in model.parameters() if p.requires_grad]
     tx = torch.optim.AdamW(
         trained, lr=OPTIM.lr, betas=OPTIM.betas, eps=OPTIM.eps, weight_decay=OPTIM.weight_decay
@@ -128,4 +129,5 @@ def test_loss_curve(smollm2, sentiment, tmp_path, trained):
         after = their_factors[key].T if factor == LORA_B else their_factors[key]
         moved = np.linalg.norm(after - np.asarray(before))
         apart = np.linalg.norm(np.asarray(our_factors[name]) - after)
-        assert 0 < apart < 0.02 * moved, name
+        # AdamW moves each element by its sign at first, also where a gradient is mere rounding.
+        assert apart < 0.02 * moved, name
