@@ -136,12 +136,10 @@ def test_smollm2(smollm2, tmp_path):
     base = our_logits(model, tokens)
     config = jlora.LoraConfig(r=16, lora_alpha=32, init_lora_weights=False)
     jlora.inject(model, config, rngs=nnx.Rngs(0))
-    shrunk = {path: 0.3 * leaf for path, leaf in injection.partition(model)[0].items()}
-    injection.update(model, shrunk)  # or it drowns the model, whose logits are then far off any
     jlora.export_peft(tmp_path, model, config)
     theirs = read_by_peft(smollm2, tmp_path)
     expected = torch_logits(theirs, tokens)
-    assert np.abs(expected - base).max() > 1
+    assert np.abs(expected - base).max() > 1  # of logits up to 30
     np.testing.assert_allclose(our_logits(model, tokens), expected, atol=1e-3)
     settings = dataclasses.asdict(config)
     same = {name: settings[name] for name in ("r", "lora_alpha", "target_modules")}

@@ -206,8 +206,8 @@ def test_digits_are_what_transformers_reads_differently(smollm2, sentiment, thei
             differing.append(text)
             assert any(character.isnumeric() for character in text), repr(text)
     assert len(differing) > 20
-    assert ours.tokenize("In 1984") == ["In", "Ġ", "1", "9", "8", "4"]
-    assert theirs.tokenize("In 1984") != ours.tokenize("In 1984")
+    assert ours.tokenize("  1") == ["ĠĠ", "1"]
+    assert theirs.tokenize("  1") == ["Ġ", "Ġ", "1"]
 
 
 # Chat ---------------------------------------------------------------------------------------------
