@@ -16,7 +16,7 @@ from jlora.errors import JloraError, nearest
 USAGE = """\
 usage: jlora COMMAND [flags]        jlora COMMAND --help lists a command's flags
 
-  fetch NAME --to DIR               download a model (smollm2) or a data set (sentiment)
+  fetch NAME --to DIR               download a model (smollm2, smollm2-gguf) or data (sentiment)
   convert FILE.gguf --to DIR        turn a GGUF file into a Hugging Face model directory
   train --model DIR --data DATA --output RUN
                                     fine-tune; flags beat --config FILE.toml, which beats defaults

@@ -295,6 +295,8 @@ def read_toml(file: Path) -> dict[str, Any]:
     """
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise JloraError(f"{file} does not exist; give a TOML file of settings") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise JloraError(f"{file} cannot be read as TOML: {error}") from None
 

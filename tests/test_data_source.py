@@ -164,6 +164,13 @@ def test_an_empty_or_foreign_file_is_refused(tmp_path: Path) -> None:
     assert "no such file or directory" in refusal("data/missing.jsonl")
 
 
+def test_a_misspelt_path_is_not_looked_for_on_the_hub(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "data" / "sentiment").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    expected = "data/sentimnet: no such file or directory; did you mean 'sentiment'?"
+    assert refusal("data/sentimnet").startswith(expected)
+
+
 class TestDirectory:
     def test_split_names_the_file(self, tmp_path: Path) -> None:
         write_lines(tmp_path / "train.jsonl", SHAPES["trl"], SHAPES["trl"])

@@ -21,6 +21,7 @@ from jlora import adapter, injection
 from jlora.errors import JloraError
 from jlora.models import families
 from jlora.models.load import load, save
+from jlora.models.transformer import Block
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 
@@ -379,3 +380,16 @@ def test_smollm2_knows_its_capital() -> None:
     assert injection.count(model) == (0, 134_515_008)
     logits = forward(model, tokens)
     assert tokenizer.decode([int(logits[0, -1].argmax())]) == " Paris"
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_unrolled_layers_are_traced_once(model_dir, monkeypatch, remat):
+    calls = []
+    forward = Block.__call__
+    monkeypatch.setattr(Block, "__call__", lambda *args: calls.append(0) or forward(*args))
+    model = load(model_dir, remat=remat)
+    leaves, rest = injection.partition(model, everything=True)
+    tokens = jnp.arange(11, dtype=jnp.int32)[None]  # of a length that no other test has
+    jax.make_jaxpr(lambda leaves: injection.combine(leaves, rest)(tokens))(leaves)
+    assert model.config.num_hidden_layers == 2
+    assert len(calls) == 1

@@ -367,7 +367,12 @@ def _read_hub(source: str, split: str) -> Iterator[tuple[str, object]]:
 
 
 def _hub_splits(source: str) -> list[str]:
-    if not _HUB_NAME.fullmatch(source) or Path(source).suffix in SUFFIXES:
+    path = Path(source)
+    if path.parent != Path() and path.parent.is_dir():  # so no hub is asked about a slip of the pen
+        present = [entry.name for entry in path.parent.iterdir()]
+        hint = nearest(path.name, present)
+        raise JloraError(f"{source}: no such file or directory{hint or '. Check the path.'}")
+    if not _HUB_NAME.fullmatch(source) or path.suffix in SUFFIXES:
         raise JloraError(
             f"{source}: no such file or directory, and not the name of a hub data set "
             '("org/name" or "org/name:config") either. Check the path.'

@@ -97,7 +97,8 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
     del model  # the first step consumes its trained leaves
     state = init_state(trained, tx, key_dropout)
 
-    say("measuring the model as it is …")
+    if not run.before.is_file():
+        say("measuring the model as it is …")
     before = measured.before(run, lambda: injection.combine(state.trained, base))
     run.start(settings, dataclasses.asdict(before))
     checkpoints = RunCheckpoints(run.checkpoints, stacks, settings.keep_checkpoints)
@@ -145,7 +146,8 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
         )
         bar.set_postfix(loss=f"{loss:.4f}", tok_s=f"{clock.rate():.0f}")
         if bar.disable and done.step % 10 == 0:  # no terminal, where a bar would show
-            say(f"step {done.step} of {steps}: loss {loss:.4f}, {clock.rate():.0f} tokens/s")
+            speed = f", {clock.rate():.0f} tokens/s" if clock.rate() else ""
+            say(f"step {done.step} of {steps}: loss {loss:.4f}{speed}")
 
     train_step = make_train_step(tx)
     clock = measure.Clock()
@@ -215,7 +217,8 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
     }
     write_text(run.report, json.dumps(report, indent=2) + "\n")
     say(run.samples.read_text(encoding="utf-8"))
-    say(measured.table(before, after))
+    if measured.splits:
+        say(measured.table(before, after))
     say(f"\nthe {'adapter' if settings.method == 'lora' else 'model'} lies in {output.parent}")
     return report
 
