@@ -42,7 +42,7 @@ def new_directory(to: Path) -> Iterator[Path]:
 def write_text(file: Path, text: str) -> None:
     """Write `text` to `file`, which holds either its old content or all of the new one."""
     with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=file.parent, delete=False
+        "w", encoding="utf-8", dir=file.parent, prefix=f".{file.name}.", delete=False
     ) as scratch:
         scratch.write(text)
     os.chmod(scratch.name, 0o644)  # temporary files are their owner's alone

@@ -182,6 +182,14 @@ def test_what_is_compared_is_all_that_was_asked_for(unbroken):
     assert len([name for name in unbroken if name.startswith("state[")]) > 2 * len(factors)
 
 
+def test_killed_as_the_run_is_made(runner, unbroken, tmp_path):
+    output = tmp_path / "run"
+    assert_killed(runner.kill(output, "path:run"))
+    assert not output.exists()
+    assert runner.run(output).status == 0  # the same command again
+    assert left_by(output) == unbroken
+
+
 def test_killed_while_a_checkpoint_is_written(runner, unbroken, tmp_path):
     output = tmp_path / "run"
     assert_killed(runner.kill(output, "saving:8:11"))

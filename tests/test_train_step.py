@@ -46,10 +46,11 @@ def tiny(*, layers: int = 1, scan_layers: bool = False) -> CausalLM:
 class Setup:
     """An adapted model taken apart, its step, and fresh states for the step to consume."""
 
-    def __init__(self, lora=LORA, optim_config=OPTIM, *, model=None, everything=False):
+    def __init__(self, lora=LORA, optim_config=OPTIM, *, model=None, everything=False, rngs=None):
         model = model or tiny()
         self.stacks = injection.stacks(model)
-        injection.inject(model, lora, rngs=nnx.Rngs(params=1, dropout=2))
+        rngs = nnx.Rngs(params=1, dropout=2) if rngs is None else rngs
+        injection.inject(model, lora, rngs=rngs)
         trained, self.base = injection.partition(model, everything=everything)
         self.trained = jax.tree.map(np.array, trained)
         self.tx = optim.adamw(optim_config, STEPS)
@@ -219,9 +220,10 @@ def test_warm_up_must_be_shorter_than_the_run(steps):
         optim.adamw(OptimConfig(warmup_steps=4), steps)
 
 
-def test_dropout_is_drawn_from_the_state():
+@pytest.mark.parametrize("bare_key", [False, True])
+def test_dropout_is_drawn_from_the_state(bare_key):
     lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.5, init_lora_weights=False)
-    setup, batch = Setup(lora), batch_of()
+    setup, batch = Setup(lora, rngs=jax.random.key(1) if bare_key else None), batch_of()
 
     def run(**changes):
         return setup.step(setup.fresh()._replace(**changes), setup.base, batch)

@@ -198,7 +198,9 @@ def update(model: nnx.Module, adapters: Mapping[str, Any]) -> None:
 def train_mode(model: nnx.Module, key: jax.Array) -> None:
     """Turn dropout on, in place, with draws that follow from `key`."""
     model.train()
-    nnx.reseed(model, policy="match_shape", dropout=key)
+    # A model injected with a bare key, or nnx.Rngs(key), has its streams under the name "default".
+    default = jax.random.fold_in(key, 1)
+    nnx.reseed(model, policy="match_shape", dropout=key, default=default)
 
 
 def eval_mode(model: nnx.Module) -> None:

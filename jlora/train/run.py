@@ -10,7 +10,7 @@ import tomli_w
 from jlora import config, paths
 from jlora.config import TrainConfig
 from jlora.errors import JloraError
-from jlora.files import write_text
+from jlora.files import new_directory, write_text
 
 # What may differ between a run and its resumption, since no step depends on it.
 _FREE = {"output", "resume", "scan_layers", "remat", "checkpoint_every", "keep_checkpoints"}
@@ -63,12 +63,12 @@ class Run:
             )
 
     def start(self, config_used: TrainConfig, before: Mapping[str, Any]) -> None:
-        """Make the directory, write config.toml unless the run goes on, and before.json."""
-        if not config_used.resume:
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_text(self.config_file, tomli_w.dumps(config.to_dict(config_used)))
-        if not self.before.is_file():
-            write_text(self.before, json.dumps(before, indent=2) + "\n")
+        """Make the directory with config.toml and before.json, at once, unless the run goes on."""
+        if config_used.resume:
+            return
+        with new_directory(self.path) as stage:
+            write_text(stage / self.config_file.name, tomli_w.dumps(config.to_dict(config_used)))
+            write_text(stage / self.before.name, json.dumps(before, indent=2) + "\n")
 
     def keep_metrics(self, step: int, last: int) -> None:
         """Drop what is about to be measured again: all after `step`, and the loss after `last`."""
