@@ -267,7 +267,7 @@ BAD = {
         ("base.toml cannot be read as TOML", "line 2"),
     ),
     "no config file": (
-        lambda home: (home / "base.toml").unlink(), (), ("base.toml", "No such file"),
+        lambda home: (home / "base.toml").unlink(), (), ("base.toml", "does not exist"),
     ),
     "target that matches nothing": (
         lambda home: None, ("--lora.target-modules", "q_prj", "v_proj"),
