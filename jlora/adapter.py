@@ -221,6 +221,30 @@ def restack(canonical: Mapping[str, Any], stacks: Mapping[str, int]) -> dict[str
     return result
 
 
+def layer_lists(flat: Mapping[str, Any]) -> dict[str, int]:
+    """Path of each list of layers with like leaves -> number of layers: `restack` can stack them.
+
+    {"layers/0/up/lora_a": (8, 4), "layers/1/up/lora_a": (8, 4), ...} -> {"layers": 2}; a list whose
+    layers differ, in rank for instance, is not among them.
+    """
+    lists: dict[str, dict[str, dict[str, Any]]] = {}
+    for path, leaf in flat.items():
+        parts = path.split("/")
+        index = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+        if index is not None:
+            layers = lists.setdefault("/".join(parts[:index]), {})
+            rest = "/".join(parts[index + 1 :])
+            layers.setdefault(parts[index], {})[rest] = (leaf.shape, leaf.dtype)
+    return {
+        path: len(layers)
+        for path, layers in lists.items()
+        if path
+        and set(layers) == {str(i) for i in range(len(layers))}
+        and all(leaves == layers["0"] for leaves in layers.values())
+        and sum(p.startswith(path + "/") for p in flat) == len(layers) * len(layers["0"])
+    }
+
+
 def _stack_of(path: str, stacks: Iterable[str]) -> str | None:
     return next((s for s in stacks if path.startswith(s + "/")), None)
 

@@ -144,6 +144,32 @@ def test_a_stack_that_lacks_layers() -> None:
         adapter.restack(layers, {"s": 4})
 
 
+@pytest.mark.parametrize(
+    ("shapes", "lists"),
+    [
+        ({"m/layers/0/a": (2, 3), "m/layers/1/a": (2, 3), "head/a": (1,)}, {"m/layers": 2}),
+        ({"m/layers/0/a": (2, 3), "m/layers/1/a": (4, 3)}, {}),  # another rank
+        ({"m/layers/0/a": (2, 3), "m/layers/1/b": (2, 3)}, {}),  # another site
+        ({"m/layers/1/a": (2, 3), "m/layers/2/a": (2, 3)}, {}),  # layers_to_transform
+        ({"m/layers/0/a": (2,), "m/layers/1/a": (2,), "m/layers/norm/a": (2,)}, {}),
+        ({"e/0/x/0/a": (2,), "e/0/x/1/a": (2,), "e/1/x/0/a": (2,), "e/1/x/1/a": (2,)}, {"e": 2}),
+        ({"e/0/a": (2,), "d/0/a": (2,), "d/1/a": (2,), "e/1/a": (2,), "e/2/a": (2,)},
+         {"e": 3, "d": 2}),
+        ({"0/a": (2,), "1/a": (2,)}, {}),
+        ({f"e/{i}/a": (2,) for i in range(12)}, {"e": 12}),
+    ],
+)  # fmt: skip
+def test_lists_of_like_layers(shapes: dict, lists: dict) -> None:
+    flat = {path: np.full(shape, i, np.float32) for i, (path, shape) in enumerate(shapes.items())}
+    assert adapter.layer_lists(flat) == lists
+    stacked = adapter.restack(flat, lists)
+    assert len(stacked) == len(flat) - sum(
+        len([p for p in flat if p.startswith(f"{path}/")]) * (n - 1) // n
+        for path, n in lists.items()
+    )
+    assert_same({p: np.asarray(v) for p, v in adapter.unstack(stacked, lists).items()}, flat)
+
+
 class TestPeftFiles:
     def test_tensors(self, tmp_path: Path) -> None:
         exported(tmp_path, OTHER)

@@ -21,7 +21,8 @@ from jlora.data.chat import (
     prompt_tokens,
     show_mask,
 )
-from jlora.data.source import Record, load_records
+from jlora.data.records import Record
+from jlora.data.source import load_records
 from jlora.errors import JloraError
 
 ROOT = Path(__file__).parent.parent

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from jlora.data.source import Record, has_split, load_records, read_labels
+from jlora.data.records import Record
+from jlora.data.source import has_split, load_records, read_labels
 from jlora.errors import JloraError
 
 CHAT = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}]

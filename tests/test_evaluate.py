@@ -10,7 +10,7 @@ from flax import nnx
 
 from jlora import evaluate
 from jlora.data import chat
-from jlora.data.source import Record
+from jlora.data.records import Record
 from jlora.errors import JloraError
 from jlora.models.transformer import CausalLM, ModelConfig
 

@@ -16,7 +16,7 @@ LAYERS = [
     "injection.registry injection.nnx injection",
     "models models.attention models.transformer models.families models.load models.gguf",
     "fetch checkpoint peft adapters",
-    "data data.source data.chat data.batching",
+    "data data.records data.source data.chat data.batching",
     "generation evaluate optim",
     "train train.loss train.step train.checkpoint train.run train.measure train.loop",
     "cli",
@@ -98,7 +98,7 @@ def test_importing_jlora_is_light() -> None:
 
 def test_files_are_short() -> None:
     lengths = {name: len(file.read_text().splitlines()) for name, file in modules().items()}
-    assert {name: length for name, length in lengths.items() if length > 430} == {}
+    assert {name: length for name, length in lengths.items() if length > 400} == {}
 
 
 def test_public_names_are_documented() -> None:

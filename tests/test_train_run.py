@@ -391,8 +391,8 @@ def test_bad_labels_are_refused_before_anything_is_written(settings, data, tmp_p
 def test_a_loss_that_is_not_finite_stops_the_run(settings, tmp_path, monkeypatch):
     make = loop.make_train_step
 
-    def make_failing(tx):
-        step = make(tx)
+    def make_failing(tx, lists):
+        step = make(tx, lists)
 
         def failing(state, base, batch):
             state, metrics = step(state, base, batch)

@@ -1,5 +1,7 @@
 """The training step against the same numbers computed the plain way."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,6 +120,28 @@ def test_promotes_no_dtype_implicitly(setup):
         state = init_state(setup.trained, tx, jax.random.key(3))
         _, metrics = jax.eval_shape(step, state, setup.base, batch_of())
     assert metrics.loss.dtype == jnp.float32
+
+
+def test_stacking_like_layers_changes_nothing():
+    """The optimiser is elementwise, and the clipping bound out of reach."""
+    setup = Setup(optim_config=dataclasses.replace(OPTIM, max_grad_norm=1e9), model=tiny(layers=3))
+    lists = adapter.layer_lists(setup.trained)
+    assert lists == {"model/layers": 3}
+    step = make_train_step(setup.tx, lists)
+    trained = adapter.restack(setup.trained, lists)
+    assert len(trained) == len(setup.trained) / 3
+    plain_state, stacked = setup.fresh(), init_state(trained, setup.tx, jax.random.key(3))
+    for seed in range(3):
+        batch = batch_of(seed=seed)
+        plain_state, plain_metrics = setup.step(plain_state, setup.base, batch)
+        stacked, metrics = step(stacked, setup.base, batch)
+        np.testing.assert_allclose(metrics.loss, plain_metrics.loss, rtol=1e-6)
+        np.testing.assert_allclose(metrics.grad_norm, plain_metrics.grad_norm, rtol=1e-6)
+    leaves = adapter.unstack(stacked.trained, lists)
+    assert leaves.keys() == plain_state.trained.keys()
+    for path, leaf in leaves.items():
+        np.testing.assert_allclose(leaf, plain_state.trained[path], rtol=1e-5, atol=1e-6)
+        assert np.abs(leaf - setup.trained[path]).max() > 1e-3, path
 
 
 def test_overfits_and_leaves_the_bits_of_the_base(setup):

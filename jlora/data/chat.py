@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jlora.data.source import Message, Record
+from jlora.data.records import Message, Record
 from jlora.errors import JloraError
 
 # transformers' fast tokenizer; its class cannot be named here without importing transformers.

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 from tqdm import tqdm
 
-from jlora import checkpoint, config, injection, optim, peft
+from jlora import adapter, checkpoint, config, injection, optim, peft
 from jlora.config import TrainConfig
 from jlora.data import chat, source
 from jlora.data.batching import Batch, Batches
@@ -95,13 +95,20 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
     stacks = injection.stacks(model)
     trained, base = injection.partition(model, everything=settings.method == "full")
     del model  # the first step consumes its trained leaves
-    state = init_state(trained, tx, key_dropout)
+    # Factors are small; a second copy of every weight would not be.
+    lists = adapter.layer_lists(trained) if settings.method == "lora" else {}
+    state = init_state(adapter.restack(trained, lists), tx, key_dropout)
+    del trained
+
+    def leaves() -> dict[str, Any]:
+        """What is trained, in the model's shape."""
+        return adapter.unstack(state.trained, lists)
 
     if not run.before.is_file():
         say("measuring the model as it is …")
-    before = measured.before(run, lambda: injection.combine(state.trained, base))
+    before = measured.before(run, lambda: injection.combine(leaves(), base))
     run.start(settings, dataclasses.asdict(before))
-    checkpoints = RunCheckpoints(run.checkpoints, stacks, settings.keep_checkpoints)
+    checkpoints = RunCheckpoints(run.checkpoints, stacks | lists, settings.keep_checkpoints)
     data_key = measure.fingerprint(examples)
     rows_seen = 0
     if checkpoints.latest_step() is not None:
@@ -149,7 +156,7 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
             speed = f", {clock.rate():.0f} tokens/s" if clock.rate() else ""
             say(f"step {done.step} of {steps}: loss {loss:.4f}{speed}")
 
-    train_step = make_train_step(tx)
+    train_step = make_train_step(tx, lists)
     clock = measure.Clock()
     pending: Pending | None = None
     bar = tqdm(total=steps, initial=first, unit="step", disable=None, file=sys.stderr)
@@ -171,7 +178,7 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
             if save or evaluate:
                 read(pending)  # nothing that is not finite is ever saved
                 pending = None
-            if evaluate and (loss := measured.loss(state.trained, base)) is not None:
+            if evaluate and (loss := measured.loss(leaves(), base)) is not None:
                 run.add_metrics({"step": step, "eval_loss": loss})
             if save:
                 checkpoints.save(state, meta_of(step))
@@ -182,7 +189,7 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
             clock.restart()
 
     say("measuring the trained model …")
-    final = injection.combine(state.trained, base)
+    final = injection.combine(leaves(), base)
     after = measured.after(final)
     if after.loss is not None:
         run.add_metrics({"step": steps, "eval_loss": after.loss})

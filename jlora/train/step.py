@@ -1,6 +1,6 @@
 """One optimiser step over the trained tree alone; the base goes in and never comes out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from jlora import injection
+from jlora import adapter, injection
 from jlora.data.batching import Batch
 from jlora.train.loss import cross_entropy
 
@@ -19,7 +19,7 @@ class TrainState(NamedTuple):
     step: Array
     """int32 (), steps done."""
     trained: dict[str, Array]
-    """Path -> leaf, in the model's shape."""
+    """Path -> leaf, in the model's shape, or with the layers of its lists stacked."""
     opt_state: optax.OptState
     rng: Array
     """uint32 key data: with the step, what dropout is drawn from."""
@@ -48,12 +48,19 @@ def batch_loss(model: Any, batch: Batch) -> tuple[Array, Array]:
 
 
 def make_train_step(
-    tx: optax.GradientTransformation,
+    tx: optax.GradientTransformation, lists: Mapping[str, int] | None = None
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
     """A compiled (state, base, batch) -> (state, metrics); the given state is consumed.
 
     Dropout's keys follow from the state's key and step, so that a resumed run draws them again.
+
+    Args:
+        tx: the optimiser of `state.trained`.
+        lists: those of `adapter.layer_lists` whose layers are stacked in `state.trained`: the
+            optimiser then runs a few large kernels in place of a few for each small leaf, and the
+            step compiles, loads and runs faster.
     """
+    lists = lists or {}
 
     def loss_fn(trained: dict[str, Array], base: Any, batch: Batch, key: Array) -> Array:
         model = injection.combine(trained, base)
@@ -63,7 +70,9 @@ def make_train_step(
 
     def step(state: TrainState, base: Any, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-        loss, grads = jax.value_and_grad(loss_fn)(state.trained, base, batch, key)
+        leaves = adapter.unstack(state.trained, lists)
+        loss, grads = jax.value_and_grad(loss_fn)(leaves, base, batch, key)
+        grads = adapter.restack(grads, lists)
         updates, opt_state = tx.update(grads, state.opt_state, state.trained)
         trained = optax.apply_updates(state.trained, updates)
         state = TrainState(state.step + 1, trained, opt_state, state.rng)

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 import jlora
 from jlora.data import chat, source
-from jlora.data.source import Record
+from jlora.data.records import Record
 from jlora.generation import generate, pad, prefill
 from jlora.injection import partition
 from jlora.models.gguf import convert
