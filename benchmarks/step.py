@@ -17,7 +17,7 @@ from flax import nnx
 from record import peak_rss_bytes, versions
 
 import jlora
-from jlora import adapter, cli, optim
+from jlora import canonical, cli, optim
 from jlora.config import OptimConfig
 from jlora.data.batching import Batch
 from jlora.models.transformer import CausalLM, ModelConfig
@@ -53,8 +53,8 @@ def main() -> None:
     jlora.inject(model, jlora.LoraConfig(r=args.rank, lora_alpha=2 * args.rank), rngs=nnx.Rngs(1))
     trained, base = jlora.partition(model)
     tx = optim.adamw(OptimConfig(lr=1e-4, warmup_steps=0), steps=1000)
-    lists = adapter.layer_lists(trained)
-    state = init_state(adapter.restack(trained, lists), tx, jax.random.key(0))
+    lists = canonical.layer_lists(trained)
+    state = init_state(canonical.restack(trained, lists), tx, jax.random.key(0))
     shape = (args.batch, args.length)
     tokens = np.random.default_rng(0).integers(0, SMOLLM2_135M.vocab_size, shape, np.int32)
     targets = np.arange(args.length) >= args.length - (args.trained or args.length)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jlora import adapter, checkpoint, injection, peft
+from jlora import adapter, canonical, checkpoint, injection, peft
 from jlora.checkpoint import StoredAdapter
 from jlora.errors import JloraError
 
@@ -92,7 +92,7 @@ def apply(stored: StoredAdapter, model: Any) -> Any:
             "the model was injected with other targets, ranks or scaling than the adapter in "
             f"{stored.where} has; load it on a fresh model, or jlora.eject(model) first"
         )
-    injection.update(model, adapter.restack(stored.factors, injection.stacks(model)))
+    injection.update(model, canonical.restack(stored.factors, injection.stacks(model)))
     return model
 
 
@@ -112,7 +112,7 @@ def _check_base(stored: StoredAdapter, model: Any, targets: Sequence[adapter.Tar
         if not copies:
             continue
         path = f"{site.path}/{site.weight}"
-        weights = adapter.unstack({path: leaves[path]}, injection.stacks(model))
+        weights = canonical.unstack({path: leaves[path]}, injection.stacks(model))
         for name, copy in copies.items():
             weight = np.asarray(weights[f"{name}/{site.weight}"])
             rows = weight.reshape(math.prod(site.in_shape), -1).T

@@ -14,7 +14,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax import Array
 
-from jlora import adapter, config, injection, paths
+from jlora import adapter, canonical, config, injection, paths
 from jlora.errors import JloraError
 
 SCHEMA_VERSION = 1
@@ -66,7 +66,7 @@ def gather(model: Any, config: config.LoraConfig) -> StoredAdapter:
     trained, _ = injection.partition(model)
     if not trained:
         raise JloraError("the model holds no adapters: jlora.inject(model, config, rngs=...) first")
-    factors = adapter.unstack(trained, injection.stacks(model))
+    factors = canonical.unstack(trained, injection.stacks(model))
     stored = StoredAdapter(config=config, factors=factors, where="the model")
     targets = injection.plan(model, config)
     check_fits(stored, targets)

@@ -14,7 +14,7 @@ from jax.experimental.compilation_cache import compilation_cache as cache
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from jlora import adapter, injection
+from jlora import canonical, injection
 from jlora.models import families
 from jlora.models.transformer import CausalLM
 
@@ -49,7 +49,7 @@ def write_model(to: Path, seed: int = 0, **changes: Any) -> Path:
     model = CausalLM(config, rngs=nnx.Rngs(seed))
     leaves, _ = injection.partition(model, everything=True)
     tensors = {}
-    for path, leaf in adapter.unstack(leaves, {}).items():
+    for path, leaf in canonical.unstack(leaves, {}).items():
         name, transposed = families.hf_name(path)
         array = np.asarray(leaf)
         if name.endswith("norm.weight"):  # ones would hide a norm that is skipped

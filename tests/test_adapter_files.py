@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import jlora
-from jlora import adapter, adapters, checkpoint, injection, peft
+from jlora import adapter, adapters, canonical, checkpoint, injection, peft
 from jlora.config import LoraConfig
 from jlora.errors import JloraError
 
@@ -32,7 +32,7 @@ def injected(config: LoraConfig = CONFIG, *, stacked: bool = False, seed: int = 
 def factors(model: nnx.Module) -> dict[str, np.ndarray]:
     """In the canonical form."""
     trained, _ = jlora.partition(model)
-    flat = adapter.unstack(trained, injection.stacks(model))
+    flat = canonical.unstack(trained, injection.stacks(model))
     return {path: np.array(leaf) for path, leaf in sorted(flat.items())}
 
 
@@ -127,21 +127,21 @@ def test_restack_is_the_inverse_of_unstack(data: st.DataObject) -> None:
             full = (size, *shape) if stack else tuple(shape)
             values = np.random.default_rng(len(flat)).normal(size=full).astype(np.float32)
             flat[f"{stack}/{name}/kernel" if stack else f"{name}/kernel"] = values
-    canonical = adapter.unstack(flat, stacks)
-    assert len(canonical) == sum(stacks.get(path.split("/")[0], 1) for path in flat)
+    unrolled = canonical.unstack(flat, stacks)
+    assert len(unrolled) == sum(stacks.get(path.split("/")[0], 1) for path in flat)
     for path, leaf in flat.items():
         for i in range(stacks.get(path.split("/")[0], 0)):
             stack, rest = path.split("/", 1)
-            np.testing.assert_array_equal(canonical[f"{stack}/{i}/{rest}"], leaf[i])
-    order = data.draw(st.permutations(list(canonical)))
-    again = adapter.restack({path: canonical[path] for path in order}, stacks)
+            np.testing.assert_array_equal(unrolled[f"{stack}/{i}/{rest}"], leaf[i])
+    order = data.draw(st.permutations(list(unrolled)))
+    again = canonical.restack({path: unrolled[path] for path in order}, stacks)
     assert_same({path: np.asarray(leaf) for path, leaf in again.items()}, flat)
 
 
 def test_a_stack_that_lacks_layers() -> None:
     layers = {f"s/{i}/k": np.zeros(2) for i in (0, 2)}
     with pytest.raises(JloraError, match=r"s/k: layers \[1, 3\] of 4 are absent"):
-        adapter.restack(layers, {"s": 4})
+        canonical.restack(layers, {"s": 4})
 
 
 @pytest.mark.parametrize(
@@ -161,13 +161,13 @@ def test_a_stack_that_lacks_layers() -> None:
 )  # fmt: skip
 def test_lists_of_like_layers(shapes: dict, lists: dict) -> None:
     flat = {path: np.full(shape, i, np.float32) for i, (path, shape) in enumerate(shapes.items())}
-    assert adapter.layer_lists(flat) == lists
-    stacked = adapter.restack(flat, lists)
+    assert canonical.layer_lists(flat) == lists
+    stacked = canonical.restack(flat, lists)
     assert len(stacked) == len(flat) - sum(
         len([p for p in flat if p.startswith(f"{path}/")]) * (n - 1) // n
         for path, n in lists.items()
     )
-    assert_same({p: np.asarray(v) for p, v in adapter.unstack(stacked, lists).items()}, flat)
+    assert_same({p: np.asarray(v) for p, v in canonical.unstack(stacked, lists).items()}, flat)
 
 
 class TestPeftFiles:

@@ -15,7 +15,7 @@ from flax import nnx
 from helpers import Mlp
 
 import jlora
-from jlora import adapter, injection
+from jlora import adapter, canonical, injection
 from jlora.errors import JloraError
 from jlora.injection.nnx import LoraLayer
 
@@ -57,7 +57,7 @@ class Case:
         else:
             model = Mlp(nnx.Rngs(0), stacked=self.stacked)
             same, _ = injection.partition(Mlp(nnx.Rngs(0)), everything=True)
-            injection.update(model, adapter.restack(same, injection.stacks(model)))
+            injection.update(model, canonical.restack(same, injection.stacks(model)))
         for _, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
             leaf.set_value(leaf.get_value().astype(jnp.bfloat16).astype(self.dtype))
         return model
@@ -139,7 +139,7 @@ def test_output_and_gradients_are_those_of_the_merged_kernel(case: Case, model_d
     stacks = injection.stacks(model)
     assert bool(stacks) == case.stacked
     # The same draw whatever the layout and the base's dtype; always float32.
-    assert_same(dict(sorted(adapter.unstack(factors, stacks).items())), expected_factors)
+    assert_same(dict(sorted(canonical.unstack(factors, stacks).items())), expected_factors)
 
     @fast_jit
     @functools.partial(jax.grad, has_aux=True)
@@ -148,7 +148,7 @@ def test_output_and_gradients_are_those_of_the_merged_kernel(case: Case, model_d
 
     grads, out = grad(factors, base)
     assert_close(out, expected, case.tolerance)
-    grads = adapter.unstack(grads, stacks)
+    grads = canonical.unstack(grads, stacks)
     assert grads.keys() == expected_grads.keys()
     for path, leaf in grads.items():
         assert leaf.dtype == jnp.float32, path

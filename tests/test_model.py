@@ -17,7 +17,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import jlora
-from jlora import adapter, injection
+from jlora import canonical, injection
 from jlora.errors import JloraError
 from jlora.models import families
 from jlora.models.load import load, save
@@ -48,7 +48,7 @@ def _run(leaves: dict, base: Any, args: tuple, method: str) -> Any:
 def weights(model: Any) -> dict[str, np.ndarray]:
     """In the canonical form."""
     leaves, _ = injection.partition(model, everything=True)
-    flat = adapter.unstack(leaves, injection.stacks(model))
+    flat = canonical.unstack(leaves, injection.stacks(model))
     return {path: np.array(leaf) for path, leaf in sorted(flat.items())}
 
 
@@ -255,7 +255,7 @@ class TestForward:
                 return jnp.sin(injection.combine(leaves, base)(TOKENS)).mean()
 
             assert ("remat" in str(jax.make_jaxpr(jax.grad(loss))(leaves))) == remat
-            grads = adapter.unstack(fast_jit(jax.grad(loss))(leaves), injection.stacks(model))
+            grads = canonical.unstack(fast_jit(jax.grad(loss))(leaves), injection.stacks(model))
             return {path: np.asarray(leaf) for path, leaf in grads.items()}
 
         expected = gradients(scan_layers=False, remat=False)

@@ -12,7 +12,7 @@ PACKAGE = Path(jlora.__file__).parent
 
 # A module imports only from modules above it in this list.
 LAYERS = [
-    "errors files paths config adapter targets",
+    "errors files paths config canonical adapter targets",
     "injection.registry injection.nnx injection",
     "models models.attention models.transformer models.families models.load models.gguf",
     "fetch checkpoint peft adapters",

@@ -17,7 +17,7 @@ from flax import nnx
 from helpers import compilation_cache, contents, write_chats, write_model
 from safetensors.numpy import load_file
 
-from jlora import adapter, adapters, injection, optim
+from jlora import adapters, canonical, injection, optim
 from jlora.config import EvalConfig, LoaderConfig, LoraConfig, OptimConfig, TrainConfig
 from jlora.errors import JloraError
 from jlora.models import load
@@ -298,9 +298,9 @@ def test_restored_stacked_to_the_same_bits(model, interrupted):
     assert meta["step"] == int(state.step) == 5
     assert meta["data"]["rows_seen"] == 5 * ROWS
     assert len(state.trained) == 6
-    canonical = adapter.unstack(state.trained, stacks)
+    unrolled = canonical.unstack(state.trained, stacks)
     first = saved(interrupted / "signal", 5, "adapters")
-    assert same_bits(dict(sorted(canonical.items())), dict(sorted(first.items())))
+    assert same_bits(dict(sorted(unrolled.items())), dict(sorted(first.items())))
 
 
 def test_a_signal_during_an_evaluation_waits_for_the_next_step(

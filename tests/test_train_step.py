@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
-from jlora import adapter, injection, optim
+from jlora import canonical, injection, optim
 from jlora.config import LoraConfig, OptimConfig
 from jlora.data.batching import Batch, Batches
 from jlora.data.chat import Example
@@ -125,10 +125,10 @@ def test_promotes_no_dtype_implicitly(setup):
 def test_stacking_like_layers_changes_nothing():
     """The optimiser is elementwise, and the clipping bound out of reach."""
     setup = Setup(optim_config=dataclasses.replace(OPTIM, max_grad_norm=1e9), model=tiny(layers=3))
-    lists = adapter.layer_lists(setup.trained)
+    lists = canonical.layer_lists(setup.trained)
     assert lists == {"model/layers": 3}
     step = make_train_step(setup.tx, lists)
-    trained = adapter.restack(setup.trained, lists)
+    trained = canonical.restack(setup.trained, lists)
     assert len(trained) == len(setup.trained) / 3
     plain_state, stacked = setup.fresh(), init_state(trained, setup.tx, jax.random.key(3))
     for seed in range(3):
@@ -137,7 +137,7 @@ def test_stacking_like_layers_changes_nothing():
         stacked, metrics = step(stacked, setup.base, batch)
         np.testing.assert_allclose(metrics.loss, plain_metrics.loss, rtol=1e-6)
         np.testing.assert_allclose(metrics.grad_norm, plain_metrics.grad_norm, rtol=1e-6)
-    leaves = adapter.unstack(stacked.trained, lists)
+    leaves = canonical.unstack(stacked.trained, lists)
     assert leaves.keys() == plain_state.trained.keys()
     for path, leaf in leaves.items():
         np.testing.assert_allclose(leaf, plain_state.trained[path], rtol=1e-5, atol=1e-6)
@@ -267,7 +267,7 @@ def test_stacked_and_unrolled_models_train_alike():
     unrolled, stacked = tiny(layers=2), tiny(layers=2, scan_layers=True)
     leaves, _ = injection.partition(unrolled, everything=True)
     _, shape = injection.partition(stacked, everything=True)
-    stacked = injection.combine(adapter.restack(leaves, injection.stacks(stacked)), shape)
+    stacked = injection.combine(canonical.restack(leaves, injection.stacks(stacked)), shape)
     one, two = Setup(model=unrolled), Setup(model=stacked)
     assert len(one.trained) == 2 * len(two.trained)  # two layers
     losses = one.losses(batch_of(), 3), two.losses(batch_of(), 3)

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
 
-from jlora import adapter, injection, paths
+from jlora import canonical, injection, paths
 from jlora.errors import JloraError
 from jlora.files import new_directory, save_tensors
 from jlora.models import families
@@ -94,7 +94,7 @@ def save(model: CausalLM, to: Path, *, source: Path) -> None:
     """
     leaves, _ = injection.partition(model, everything=True)
     tensors = {}
-    for path, leaf in adapter.unstack(leaves, injection.stacks(model)).items():
+    for path, leaf in canonical.unstack(leaves, injection.stacks(model)).items():
         name, transposed = families.hf_name(path)
         array = np.asarray(leaf)
         tensors[name] = np.ascontiguousarray(array.T if transposed else array)
@@ -157,14 +157,14 @@ def _layer_shapes(
     leaves: dict[str, Any], stacks: dict[str, int]
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
     for path, leaf in leaves.items():
-        layers = adapter.layer_paths(path, stacks)
+        layers = canonical.layer_paths(path, stacks)
         for layer in layers:
             yield layer, leaf.shape if layers == [path] else leaf.shape[1:]
 
 
 def _read(path: str, leaf: Any, stacks: dict[str, int], tensors: dict) -> jnp.ndarray:
     """One leaf in its own dtype; a stacked one is filled layer by layer."""
-    layers = adapter.layer_paths(path, stacks)
+    layers = canonical.layer_paths(path, stacks)
     if layers == [path]:
         return jnp.asarray(_tensor(path, tensors), dtype=leaf.dtype)
     stacked = np.empty(leaf.shape, leaf.dtype)

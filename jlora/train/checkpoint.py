@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from jlora import adapter, checkpoint
+from jlora import canonical, checkpoint
 from jlora.train.step import TrainState
 
 
@@ -67,7 +67,7 @@ class RunCheckpoints:
             checkpoint.check_schema(meta, path)
             read = self.manager.restore(step, args=ocp.args.Composite(**items))
         saved = TrainState(trained=read.adapters, **read.state)
-        state = self._map(saved, abstract.trained, lambda t: adapter.restack(t, self.stacks))
+        state = self._map(saved, abstract.trained, lambda t: canonical.restack(t, self.stacks))
         return state, meta
 
     def close(self) -> None:
@@ -76,7 +76,7 @@ class RunCheckpoints:
         self.manager.close()
 
     def _canonical(self, state: TrainState, trained: Mapping[str, Any]) -> TrainState:
-        return self._map(state, trained, lambda tree: adapter.unstack(tree, self.stacks))
+        return self._map(state, trained, lambda tree: canonical.unstack(tree, self.stacks))
 
     @staticmethod
     def _map(state: TrainState, trained: Mapping[str, Any], change: Any) -> TrainState:

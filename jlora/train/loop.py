@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 from tqdm import tqdm
 
-from jlora import adapter, checkpoint, config, injection, optim, peft
+from jlora import canonical, checkpoint, config, injection, optim, peft
 from jlora.config import TrainConfig
 from jlora.data import chat, source
 from jlora.data.batching import Batch, Batches
@@ -96,13 +96,13 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
     trained, base = injection.partition(model, everything=settings.method == "full")
     del model  # the first step consumes its trained leaves
     # Factors are small; a second copy of every weight would not be.
-    lists = adapter.layer_lists(trained) if settings.method == "lora" else {}
-    state = init_state(adapter.restack(trained, lists), tx, key_dropout)
+    lists = canonical.layer_lists(trained) if settings.method == "lora" else {}
+    state = init_state(canonical.restack(trained, lists), tx, key_dropout)
     del trained
 
     def leaves() -> dict[str, Any]:
         """What is trained, in the model's shape."""
-        return adapter.unstack(state.trained, lists)
+        return canonical.unstack(state.trained, lists)
 
     if not run.before.is_file():
         say("measuring the model as it is …")

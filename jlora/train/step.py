@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from jlora import adapter, injection
+from jlora import canonical, injection
 from jlora.data.batching import Batch
 from jlora.train.loss import cross_entropy
 
@@ -56,7 +56,7 @@ def make_train_step(
 
     Args:
         tx: the optimiser of `state.trained`.
-        lists: those of `adapter.layer_lists` whose layers are stacked in `state.trained`: the
+        lists: those of `canonical.layer_lists` whose layers are stacked in `state.trained`: the
             optimiser then runs a few large kernels in place of a few for each small leaf, and the
             step compiles, loads and runs faster.
     """
@@ -70,9 +70,9 @@ def make_train_step(
 
     def step(state: TrainState, base: Any, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-        leaves = adapter.unstack(state.trained, lists)
+        leaves = canonical.unstack(state.trained, lists)
         loss, grads = jax.value_and_grad(loss_fn)(leaves, base, batch, key)
-        grads = adapter.restack(grads, lists)
+        grads = canonical.restack(grads, lists)
         updates, opt_state = tx.update(grads, state.opt_state, state.trained)
         trained = optax.apply_updates(state.trained, updates)
         state = TrainState(state.step + 1, trained, opt_state, state.rng)
