@@ -9,7 +9,11 @@ from jlora.generation import generate as generate
 from jlora.injection import combine as combine
 from jlora.injection import eject as eject
 from jlora.injection import inject as inject
+from jlora.injection import merge as merge
+from jlora.injection import optimizer as optimizer
 from jlora.injection import partition as partition
+from jlora.injection import plan_targets as plan_targets
+from jlora.injection import register as register
 from jlora.injection import summary as summary
 from jlora.models.load import load as load
 from jlora.peft import export_peft as export_peft

@@ -8,9 +8,11 @@ the rank; other orientations of A and B took 1.2 to 3 times as long on a CPU, th
 import dataclasses
 import functools
 import math
+import re
+import string
 import zlib
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -34,11 +36,16 @@ class Site:
     output: tuple[int, ...]
     """Axes of the weight that become axes of the output."""
     batch: tuple[int, ...] = ()
-    """Leading axes of the weight that stack layers; each has factors of its own."""
+    """Axes of the weight that stack layers (those come first) or that input and output share, such
+    as experts; each of their entries has factors of its own."""
+    stacked: int = 0
+    """How many of the leading axes stack layers."""
     stack: str | None = None
     """Path of the module whose parameters are stacked, or None: "model/layers"."""
     weight: str = "kernel"
     """Name of the weight in its module."""
+    kind: Literal["linear", "embedding", "convolution"] = "linear"
+    """Whether the weight is multiplied, its rows are looked up, or it slides over the input."""
 
     @property
     def in_shape(self) -> tuple[int, ...]:
@@ -52,15 +59,14 @@ class Site:
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
-        """Sizes of the stacked axes."""
+        """Sizes of the batch axes."""
         return tuple(self.shape[i] for i in self.batch)
 
     @property
     def names(self) -> tuple[str, ...]:
         """The path of each layer's own module, as in the unstacked model: the names on disk."""
-        return tuple(
-            layer_path(self.path, self.stack, i) for i in range(math.prod(self.batch_shape))
-        )
+        layers = math.prod(self.shape[: self.stacked])
+        return tuple(layer_path(self.path, self.stack, i) for i in range(layers))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,10 +96,10 @@ class Target:
 def init_factors(
     key: Array, target: Target, init: bool | str, dtype: Any = jnp.float32
 ) -> dict[str, Array]:
-    """Fresh factors of a site: A as PEFT draws it, B zero, so that the model is unchanged at first.
+    """Fresh factors of a site as PEFT draws them, so that the model is unchanged at first.
 
-    The draw depends on `key` and on each layer's own path alone: stacking layers, or targeting more
-    of them, changes no factor.
+    A is random and B zero; in an embedding A is zero and B random, normal. The draw depends on
+    `key` and each layer's own path alone: stacking layers, or targeting more, changes no factor.
 
     Args:
         key: a random key.
@@ -106,59 +112,133 @@ def init_factors(
     """
     site = target.site
     names = jnp.asarray([zlib.crc32(name.encode()) for name in site.names], jnp.uint32)
-    factors = _draw(key, names, target.r, site.in_shape, site.out_shape, init, jnp.dtype(dtype))
+    inner = site.batch_shape[site.stacked :]
+    factors = _draw(
+        key,
+        names,
+        (*inner, target.r),
+        site.in_shape,
+        site.out_shape,
+        site.kind == "embedding",
+        init,
+        dtype,
+    )
     return {name: factors[name].reshape(shape) for name, shape in target.shapes.items()}
 
 
-@functools.partial(jax.jit, static_argnums=range(2, 7))  # compiled once for all sites of a shape
+@functools.partial(jax.jit, static_argnums=range(2, 8))  # compiled once for all sites of a shape
 def _draw(
     key: Array,
     names: Array,
-    r: int,
+    rank: tuple[int, ...],
     in_shape: tuple[int, ...],
     out_shape: tuple[int, ...],
+    lookup: bool,
     init: bool | str,
     dtype: Any,
 ) -> dict[str, Array]:
     """Factors of the layers whose hashed names are uint32 (layers,), stacked on a leading axis."""
+    shape_a, shape_b = (*rank, *in_shape), (*rank, *out_shape)
     bound = 1 / math.sqrt(math.prod(in_shape))  # kaiming_uniform(a=sqrt(5)) over (r, in)
 
     def one(name: Array) -> dict[str, Array]:
         key_a, key_b = jax.random.split(jax.random.fold_in(key, name))
+        if lookup:
+            b = jax.random.normal(key_b, shape_b, dtype)
+            a = jax.random.normal(key_a, shape_a, dtype) if init is False else None
+            return {LORA_A: jnp.zeros(shape_a, dtype) if a is None else a, LORA_B: b}
         if init == "gaussian":
-            a = jax.random.normal(key_a, (r, *in_shape), dtype) / r
+            a = jax.random.normal(key_a, shape_a, dtype) / rank[-1]
         else:
-            a = jax.random.uniform(key_a, (r, *in_shape), dtype, -bound, bound)
+            a = jax.random.uniform(key_a, shape_a, dtype, -bound, bound)
         if init is False:
-            b = jax.random.uniform(key_b, (r, *out_shape), dtype, -bound, bound)
+            b = jax.random.uniform(key_b, shape_b, dtype, -bound, bound)
         else:
-            b = jnp.zeros((r, *out_shape), dtype)
+            b = jnp.zeros(shape_b, dtype)
         return {LORA_A: a, LORA_B: b}
 
     return jax.vmap(one)(names)
 
 
-def delta(x: Array, lora_a: Array, lora_b: Array, scaling: float, dtype: Any) -> Array:
+def delta(
+    x: Array,
+    lora_a: Array,
+    lora_b: Array,
+    scaling: float | Array,
+    dtype: Any,
+    equation: str = "...i,io->...o",
+) -> Array:
     """Scaling * (x A) B, the low-rank product kept apart from the weight.
 
     Args:
-        x: (..., *in), the contracted axes last.
-        lora_a: (r, *in).
-        lora_b: (r, *out).
+        x: the layer's input.
+        lora_a: (*batch, r, *in).
+        lora_b: (*batch, r, *out).
         scaling: the factor on the product.
         dtype: of the computation and of the result.
+        equation: of the layer, as for `jnp.einsum`: input, weight -> output. Letters of the weight
+            are contracted, output or (in all three) batch axes.
 
     Returns:
-        (..., *out).
+        The term to add to the layer's output, of its shape.
     """
+    inputs, weight, out = split_equation(equation)
+    contracted = [c for c in weight if c not in out]
+    shared = [c for c in weight if c in inputs and c in out]
+    made = [c for c in weight if c not in inputs]
+    rest = [c for c in inputs if c not in contracted]
+    x, scaling = x.astype(dtype), jnp.asarray(scaling, dtype)
+    if shared or inputs != rest + contracted or out != rest + made:
+        new = next(c for c in string.ascii_letters if c not in equation)
+        sub = "".join
+        first = f"{sub(inputs)},{sub(shared)}{new}{sub(contracted)}->{sub(rest)}{new}"
+        second = f"{sub(rest)}{new},{sub(shared)}{new}{sub(made)}->{sub(out)}"
+        low = jnp.einsum(first, x, lora_a.astype(dtype)) * scaling
+        return jnp.einsum(second, low, lora_b.astype(dtype))
     r, out_shape = lora_b.shape[0], lora_b.shape[1:]
     leading = x.shape[: x.ndim - (lora_a.ndim - 1)]
     # Matrices, not batches of them: the factors' gradients sum over all tokens, and XLA transposes
     # the activations first where that sum runs over more than one axis.
-    rows = x.reshape(-1, math.prod(lora_a.shape[1:])).astype(dtype)
+    rows = x.reshape(-1, math.prod(lora_a.shape[1:]))
     low = lax.dot_general(rows, lora_a.reshape(r, -1).astype(dtype), (((1,), (1,)), ((), ())))
-    low = low * jnp.asarray(scaling, dtype)  # here it costs r products a token, after B `out`
+    low = low * scaling  # here it costs r products a token, after B `out`
     return (low @ lora_b.reshape(r, -1).astype(dtype)).reshape(*leading, *out_shape)
+
+
+def delta_rows(
+    indices: Array, lora_a: Array, lora_b: Array, scaling: float | Array, dtype: Any
+) -> Array:
+    """The term to add to rows looked up at int (...): scaling * A[:, indices] B, (..., *out)."""
+    low = jnp.take(lora_a, indices, axis=1)
+    low = jnp.moveaxis(low, 0, -1).astype(dtype) * jnp.asarray(scaling, dtype)
+    return jnp.tensordot(low, lora_b.astype(dtype), axes=1)
+
+
+def delta_weight(site: Site, lora_a: Array, lora_b: Array, scaling: float | Array) -> Array:
+    """Scaling * A B in the weight's shape and axis order, float32.
+
+    Args:
+        site: whose axes the factors have.
+        lora_a: (*batch, r, *in).
+        lora_b: (*batch, r, *out).
+        scaling: a number, or one for each stacked layer.
+    """
+    letters = string.ascii_letters[: len(site.shape)]
+    r = string.ascii_letters[len(site.shape)]
+    batch = "".join(letters[i] for i in site.batch)
+    a = batch + r + "".join(letters[i] for i in site.contracting)
+    b = batch + r + "".join(letters[i] for i in site.output)
+    a32, b32 = lora_a.astype(jnp.float32), lora_b.astype(jnp.float32)
+    product = jnp.einsum(f"{a},{b}->{letters}", a32, b32, precision=lax.Precision.HIGHEST)
+    scaling = jnp.asarray(scaling, jnp.float32)
+    return product * scaling.reshape(scaling.shape + (1,) * (product.ndim - scaling.ndim))
+
+
+def split_equation(equation: str) -> tuple[list[str], list[str], list[str]]:
+    """The terms of input, weight and output: "...i,io->...o" has "..." and i; i and o; ..., o."""
+    operands, _, out = equation.replace(" ", "").partition("->")
+    inputs, _, weight = operands.partition(",")
+    return tuple(re.findall(r"\.\.\.|[A-Za-z]", part) for part in (inputs, weight, out))  # type: ignore[return-value]
 
 
 def dropout(x: Array, rate: float, key: Array) -> Array:
@@ -169,7 +249,7 @@ def dropout(x: Array, rate: float, key: Array) -> Array:
 
 def stacks_of(sites: Iterable[Site]) -> dict[str, int]:
     """Path of each stacked module -> number of its layers."""
-    return {s.stack: math.prod(s.batch_shape) for s in sites if s.stack is not None}
+    return {s.stack: math.prod(s.shape[: s.stacked]) for s in sites if s.stack is not None}
 
 
 def iter_names(targets: Iterable[Target]) -> Iterator[tuple[str, Target]]:

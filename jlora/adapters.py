@@ -80,7 +80,7 @@ def apply(stored: StoredAdapter, model: Any) -> Any:
     """Put what was read on `model`; see `load_adapter`."""
     trained, _ = injection.partition(model)
     try:
-        targets = injection.plan(model, stored.config)
+        targets = injection.plan(model, stored.config).targets
     except JloraError as error:
         raise JloraError(f"the adapter in {stored.where} is not for this model: {error}") from None
     checkpoint.check_fits(stored, targets)

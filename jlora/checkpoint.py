@@ -68,7 +68,7 @@ def gather(model: Any, config: config.LoraConfig) -> StoredAdapter:
         raise JloraError("the model holds no adapters: jlora.inject(model, config, rngs=...) first")
     factors = canonical.unstack(trained, injection.stacks(model))
     stored = StoredAdapter(config=config, factors=factors, where="the model")
-    targets = injection.plan(model, config)
+    targets = injection.plan(model, config).targets
     check_fits(stored, targets)
     if injection.scalings(model) != {target.site.path: target.scaling for target in targets}:
         raise JloraError(

@@ -30,6 +30,12 @@ def _check_least(config: Any, least: Mapping[str, float]) -> None:
         raise JloraError("; ".join(problems))
 
 
+_TUPLES = (
+    "target_modules", "exclude_modules", "layers_to_transform", "modules_to_save",
+    "trainable_token_indices",
+)  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig(_Strict):
     """Which layers get low-rank factors, and how large. Names and meanings are PEFT's.
@@ -61,11 +67,17 @@ class LoraConfig(_Strict):
     init_lora_weights: bool | Literal["gaussian"] = True
     """True: A uniform within ±1/sqrt(in), B zero. "gaussian": A normal with deviation 1/r, B zero.
     False: as True but with B random too, so that the adapter does something from the start."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Train also the biases: all of the model's, or those of adapted layers."""
+    modules_to_save: tuple[str, ...] | None = None
+    """Modules that are trained, and saved, as a whole; matched like `target_modules`."""
+    trainable_token_indices: tuple[int, ...] | dict[str, tuple[int, ...]] | None = None
+    """Rows of the embedding that are trained: of the only one, or of those named."""
     task_type: str = "CAUSAL_LM"
     """Copied into the exported adapter_config.json."""
 
     def __post_init__(self) -> None:
-        for name in ("target_modules", "exclude_modules", "layers_to_transform"):
+        for name in _TUPLES:
             value: Any = getattr(self, name)
             if isinstance(value, int | list | set):  # as PEFT's users write them
                 value = (value,) if isinstance(value, int) else tuple(value)
@@ -87,6 +99,11 @@ class LoraConfig(_Strict):
                 f"init_lora_weights must be true, false or 'gaussian', got "
                 f"{self.init_lora_weights!r}"
             )
+        if self.bias not in ("none", "all", "lora_only"):
+            problems.append(f"bias must be 'none', 'all' or 'lora_only', got {self.bias!r}")
+        saved: object = self.modules_to_save
+        if isinstance(saved, str):
+            problems.append(f"modules_to_save must be a list, got {saved!r}")
         if not self.target_modules:
             problems.append(f"target_modules is empty; name layers or say {ALL_LINEAR!r}")
         task_type: object = self.task_type

@@ -73,7 +73,7 @@ def write_peft(
     Raises:
         JloraError: factors that do not fit the model and their configuration.
     """
-    targets = injection.plan(model, stored.config)
+    targets = injection.plan(model, stored.config).targets
     check_fits(stored, targets)
     tensors = {_key(n): _to_torch(n, np.asarray(leaf)) for n, leaf in stored.factors.items()}
     settings = _peft_config(stored.config, targets, injection.sites(model), base_model)

@@ -4,114 +4,178 @@ Names are matched as PEFT matches them (dotted, one per layer also where layers 
 pattern that matches nothing is an error, never a smaller adapter than was asked for.
 """
 
+import dataclasses
 import difflib
 import functools
+import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from jlora.adapter import Site, Target
 from jlora.config import ALL_LINEAR, LoraConfig
 from jlora.errors import JloraError
 
 
-def plan(
-    config: LoraConfig, sites: Sequence[Site], output_head: str | None = None
-) -> tuple[Target, ...]:
-    """Choose the sites that `config` targets, in the order of `sites`.
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What `inject` adapts. `str(plan)` is a table."""
+
+    targets: tuple[Target, ...]
+    whole: tuple[str, ...] = ()
+    """Paths of parameters that are trained as a whole: biases, modules to save."""
+    tokens: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    """Path of an embedding -> its rows that are trained."""
+    sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Number of parameters of each path in `whole`, and of each in `tokens`."""
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters that are trained, as PEFT counts them."""
+        return sum(t.parameters for t in self.targets) + sum(self.sizes.values())
+
+    def __str__(self) -> str:
+        rows = [("path", "shape", "rank", "alpha", "parameters")]
+        for target in self.targets:
+            site = target.site
+            number = (site.path, str(site.shape), str(target.r), f"{target.alpha:g}")
+            rows.append((*number, f"{target.parameters:,d}"))
+        for path, size in self.sizes.items():
+            what = f"{len(self.tokens[path])} rows" if path in self.tokens else "whole"
+            rows.append((path, what, "", "", f"{size:,d}"))
+        rows.append(("total", "", "", "", f"{self.parameters:,d}"))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(
+            "  ".join(
+                cell.ljust(width) if i < 2 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        )
+
+
+class Choice:
+    """The patterns of a configuration, compiled: which module gets what rank and alpha.
 
     Args:
         config: what to target.
-        sites: all sites of the model.
         output_head: path of the output projection, which "all-linear" leaves out.
-
-    Raises:
-        JloraError: a pattern or layer that matches nothing, with the nearest names; a stack of
-            layers that would be adapted only in part or with different ranks.
     """
-    names = [_dotted(name) for site in sites for name in site.names]
-    head = None if output_head is None else _dotted(output_head)
-    matchers = _Matchers(names)
-    wanted = matchers.names("target_modules", config.target_modules, head)
-    excluded = matchers.names("exclude_modules", config.exclude_modules, None)
-    ranks = matchers.values("rank_pattern", config.rank_pattern)
-    alphas = matchers.values("alpha_pattern", config.alpha_pattern)
-    layers = matchers.layers(config.layers_to_transform)
-    matchers.check()
 
-    def chosen(name: str) -> bool:
-        return wanted(name) and not excluded(name) and layers(name)
+    def __init__(self, config: LoraConfig, output_head: str | None = None):
+        self.config, self.head = config, output_head
+        self.problems: list[str] = []
+        self.demands: list[tuple[str, str, Callable[[str], object]]] = []
+        self._wanted = self._names("target_modules", config.target_modules)
+        self._excluded = self._names("exclude_modules", config.exclude_modules)
+        self._ranks = self._values("rank_pattern", config.rank_pattern)
+        self._alphas = self._values("alpha_pattern", config.alpha_pattern)
+        self.saved = self._names("modules_to_save", config.modules_to_save)
 
-    targets = []
-    for site in sites:
-        dotted = [_dotted(name) for name in site.names]
-        taken = [name for name in dotted if chosen(name)]
-        if not taken:
-            continue
-        settings = {(ranks(n, config.r), alphas(n, config.lora_alpha)) for n in taken}
-        if len(taken) < len(dotted) or len(settings) > 1:
+    def takes(self, site: Site, name: str) -> bool:
+        """Whether the layer called `name` (with "/") of `site` is to be adapted."""
+        names = _dotted_names(site, name)
+        if self.config.target_modules == ALL_LINEAR:
+            is_head = self.head is not None and _ends(names[0], _dotted(self.head))
+            found = site.kind == "linear" and not is_head
+        else:
+            found = any(map(self._wanted, names))
+        layers = self.config.layers_to_transform
+        return (
+            found
+            and not any(map(self._excluded, names))
+            and not self.saves(name)
+            and (layers is None or _layer(names[0]) in layers)
+        )
+
+    def saves(self, name: str) -> bool:
+        """Whether the module called `name`, or one above it, is trained as a whole."""
+        parts = name.split("/")
+        return any(self.saved(".".join(parts[:n])) for n in range(1, len(parts) + 1))
+
+    def target(self, site: Site, names: Sequence[str]) -> Target:
+        """The rank and scaling of a site whose layers `names` are adapted.
+
+        Raises:
+            JloraError: they are not all of a stack's layers, or differ.
+        """
+        c = self.config
+        settings = {
+            (self._ranks(named, c.r), self._alphas(named, c.lora_alpha))
+            for named in (_dotted_names(site, name) for name in names)
+        }
+        count = len(site.names)
+        if len(names) < count or len(settings) > 1:
             raise JloraError(
-                f"{site.path} stacks {len(dotted)} layers, of which {len(taken)} are targeted with "
+                f"{site.path} stacks {count} layers, of which {len(names)} are targeted with "
                 f"(rank, alpha) in {sorted(settings)}: a stack needs all its layers, alike; load "
                 "the model unrolled (scan_layers=False) to treat layers differently"
             )
         r, alpha = settings.pop()
-        targets.append(Target(site, r, alpha, config.scaling(r, alpha)))
-    if not targets:
-        raise JloraError("every targeted module is excluded again: nothing is left to train")
-    return tuple(targets)
+        return Target(site, r, alpha, c.scaling(r, alpha))
 
+    def check(self, sites: Sequence[Site], modules: Iterable[str] = ()) -> None:
+        """Demand that each pattern matches something.
 
-class _Matchers:
-    """Turns patterns into predicates over names, collecting those that match nothing."""
+        Args:
+            sites: all that can be adapted.
+            modules: paths of all modules.
 
-    def __init__(self, names: Sequence[str]):
-        self.known = names
-        self.problems: list[str] = []
+        Raises:
+            JloraError: what matches nothing or is no regular expression, all at once, each with the
+                nearest names.
+        """
+        known = [n for site in sites for name in site.names for n in _dotted_names(site, name)]
+        others = sorted({_dotted(m) for m in modules} | set(known))
+        problems = []
+        for field, pattern, matches in self.demands:
+            among = others if field == "modules_to_save" else known
+            if any(map(matches, among)):
+                continue
+            near = f"nearest: {_nearest(pattern, among)}"
+            if field == "target_modules" and pattern == self.config.target_modules:
+                near = _as_regex(pattern, known) or near
+            elif stuck := [m for m in others if matches(m) and m not in known]:
+                near = (
+                    f"{stuck[0]} is there, but is of no type that can be adapted "
+                    "(modules_to_save trains a module as a whole)"
+                )
+            problems.append(f"{field}: {pattern!r}; {near}")
+        problems += self.problems
+        present = {index for name in known if (index := _layer(name)) is not None}
+        for index in self.config.layers_to_transform or ():
+            if index not in present:
+                count = f"0 to {max(present)}" if present else "none"
+                problems.append(f"layers_to_transform: no layer {index}; there are {count}")
+        if problems:
+            raise JloraError("LoraConfig matches nothing:\n  " + "\n  ".join(problems))
 
-    def names(
-        self, field: str, patterns: str | Iterable[str] | None, head: str | None
-    ) -> Callable[[str], bool]:
-        if patterns is None:
+    def _names(self, field: str, patterns: str | Iterable[str] | None) -> Callable[[str], bool]:
+        if patterns is None or (patterns == ALL_LINEAR and field == "target_modules"):
             return lambda name: False
-        if patterns == ALL_LINEAR and field == "target_modules":
-            return lambda name: name != head
         if isinstance(patterns, str):
             regex = self._compile(field, patterns)
             if regex is None:
                 return lambda name: False
-            self._demand(field, patterns, regex.fullmatch, self._as_regex(patterns))
+            self.demands.append((field, patterns, regex.fullmatch))
             return lambda name: bool(regex.fullmatch(name))
         suffixes = tuple(patterns)
         for suffix in suffixes:
-            self._demand(field, suffix, functools.partial(_ends, suffix=suffix))
+            self.demands.append((field, suffix, functools.partial(_ends, suffix=suffix)))
         return lambda name: any(_ends(name, suffix) for suffix in suffixes)
 
-    def values(self, field: str, patterns: dict) -> Callable:
+    def _values(self, field: str, patterns: dict) -> Callable:
         compiled = []
         for pattern, value in patterns.items():
             regex = self._compile(field, rf"(.*\.)?({pattern})$")
             if regex is not None:
-                self._demand(field, pattern, regex.match)
+                self.demands.append((field, pattern, regex.match))
                 compiled.append((regex, value))
 
-        def setting(name: str, default: float) -> float:
-            return next((v for regex, v in compiled if regex.match(name)), default)
+        def setting(names: tuple[str, ...], default: float) -> float:
+            return next((v for regex, v in compiled if any(map(regex.match, names))), default)
 
         return setting
-
-    def layers(self, indices: tuple[int, ...] | None) -> Callable[[str], bool]:
-        if indices is None:
-            return lambda name: True
-        present = {index for name in self.known if (index := _layer(name)) is not None}
-        for index in indices:
-            if index not in present:
-                count = f"0 to {max(present)}" if present else "none"
-                self.problems.append(f"layers_to_transform: no layer {index}; there are {count}")
-        return lambda name: _layer(name) in indices
-
-    def check(self) -> None:
-        if self.problems:
-            raise JloraError("LoraConfig matches nothing:\n  " + "\n  ".join(self.problems))
 
     def _compile(self, field: str, pattern: str) -> re.Pattern | None:
         try:
@@ -120,28 +184,138 @@ class _Matchers:
             self.problems.append(f"{field}: {pattern!r} is no regular expression: {error}")
             return None
 
-    def _demand(
-        self, field: str, pattern: str, matches: Callable[[str], object], advice: str = ""
-    ) -> None:
-        if not any(map(matches, self.known)):
-            near = advice or f"nearest: {self._nearest(pattern)}"
-            self.problems.append(f"{field}: {pattern!r}; {near}")
 
-    def _as_regex(self, pattern: str) -> str:
-        """What to say of a single string that names the end of some module, as a list would."""
-        if not any(_ends(name, pattern) for name in self.known):
-            return ""
-        return (
-            "one string is a regular expression for the whole name; for all that end so write "
-            f"'.*\\.{pattern}', or a list of more than one name"
+def plan(
+    config: LoraConfig,
+    sites: Sequence[Site],
+    output_head: str | None = None,
+    *,
+    modules: Mapping[str, Mapping[str, int]] | None = None,
+    biases: Mapping[str, str] | None = None,
+    shared: Mapping[str, Sequence[str]] | None = None,
+) -> Plan:
+    """Choose what `config` targets, in the order of `sites`.
+
+    Args:
+        config: what to target.
+        sites: all sites of the model.
+        output_head: path of the output projection, which "all-linear" leaves out.
+        modules: path of each module with parameters of its own -> their names and sizes.
+        biases: path of each site's module -> the name of its bias, where it has one.
+        shared: path of a site's module -> where else its weight is used.
+
+    Raises:
+        JloraError: a pattern or layer that matches nothing, with the nearest names; a stack of
+            layers that would be adapted only in part or with different ranks; a weight that is used
+            elsewhere too.
+    """
+    modules, biases = modules or {}, biases or {}
+    choice = Choice(config, output_head)
+    choice.check(sites, modules)
+    targets = []
+    for site in sites:
+        taken = [name for name in site.names if choice.takes(site, name)]
+        if not taken:
+            continue
+        targets.append(choice.target(site, taken))
+    for target in targets:
+        if uses := (shared or {}).get(target.site.path):
+            raise JloraError(
+                f"{target.site.path}: its weight is also used by {', '.join(uses)}, which an "
+                "adapter here would not change; leave it out (exclude_modules)"
+            )
+    _warn_of_ranks(targets)
+    whole = {
+        f"{path}/{name}".lstrip("/"): size
+        for path, sizes in modules.items()
+        for name, size in sizes.items()
+        if (path and choice.saves(path))
+        or (config.bias == "all" and "bias" in name)
+        or (config.bias == "lora_only" and biases.get(path) == name
+            and any(t.site.path == path for t in targets))
+    }  # fmt: skip
+    tokens = _token_rows(config, sites, shared or {})
+    if not (targets or whole or tokens):
+        raise JloraError("every targeted module is excluded again: nothing is left to train")
+    by_path = {site.path: site for site in sites}
+    sizes = whole | {p: len(rows) * by_path[p].shape[-1] for p, rows in tokens.items()}
+    return Plan(tuple(targets), tuple(whole), tokens, sizes)
+
+
+def _warn_of_ranks(targets: Sequence[Target]) -> None:
+    above = [
+        f"{t.site.path} ({t.r} > {full})"
+        for t in targets
+        if t.r > (full := min(math.prod(t.site.in_shape), math.prod(t.site.out_shape)))
+    ]
+    if above:
+        warnings.warn(
+            f"the rank is above what the weight itself can have at {', '.join(above[:5])}"
+            + (f" and {len(above) - 5} more" if len(above) > 5 else ""),
+            stacklevel=4,
         )
 
-    def _nearest(self, pattern: str) -> str:
-        """Known suffixes, of as many components as the pattern, that look most like it."""
-        depth = pattern.count(".") + 1
-        suffixes = {".".join(name.split(".")[-depth:]): None for name in self.known}
-        close = difflib.get_close_matches(pattern, list(suffixes), n=3, cutoff=0.4)
-        return ", ".join(close or list(suffixes)[:8]) or "(the model has no such layers at all)"
+
+def _token_rows(
+    config: LoraConfig, sites: Sequence[Site], shared: Mapping[str, Sequence[str]]
+) -> dict[str, tuple[int, ...]]:
+    """Path of each embedding -> its rows that are trained."""
+    wanted = config.trainable_token_indices
+    if not wanted:
+        return {}
+    embeddings = [site for site in sites if site.kind == "embedding"]
+    names = ", ".join(_dotted(site.path) for site in embeddings) or "none"
+    if not isinstance(wanted, Mapping):
+        if len(embeddings) != 1:
+            raise JloraError(
+                f"trainable_token_indices: name the embedding, of {names}: "
+                f"{{'...': {list(wanted)}}}"
+            )
+        wanted = {_dotted(embeddings[0].path): wanted}
+    rows: dict[str, tuple[int, ...]] = {}
+    for name, indices in wanted.items():
+        found = [site for site in embeddings if _ends(_dotted(site.path), name)]
+        if not found:
+            raise JloraError(f"trainable_token_indices: no embedding {name!r}; there are: {names}")
+        for site in found:
+            if outside := [i for i in indices if not 0 <= i < site.shape[-2]]:
+                raise JloraError(
+                    f"trainable_token_indices: {outside} are no rows of {site.path}, which has "
+                    f"{site.shape[-2]}"
+                )
+            if uses := shared.get(site.path):
+                raise JloraError(
+                    f"trainable_token_indices: the rows of {site.path} are also used by "
+                    f"{', '.join(uses)}, which would not see their change"
+                )
+            rows[site.path] = tuple(indices)
+    return rows
+
+
+def _as_regex(pattern: str, known: Sequence[str]) -> str:
+    """What to say of a single string that names the end of some module, as a list would."""
+    if not any(_ends(name, pattern) for name in known):
+        return ""
+    return (
+        "one string is a regular expression for the whole name; for all that end so write "
+        f"'.*\\.{pattern}', or a list of more than one name"
+    )
+
+
+def _nearest(pattern: str, known: Sequence[str]) -> str:
+    """Known suffixes, of as many components as the pattern, that look most like it."""
+    depth = pattern.count(".") + 1
+    suffixes = {".".join(name.split(".")[-depth:]): None for name in known}
+    close = difflib.get_close_matches(pattern, list(suffixes), n=3, cutoff=0.4)
+    return ", ".join(close or list(suffixes)[:8]) or "(the model has no such layers at all)"
+
+
+def _dotted_names(site: Site, name: str) -> tuple[str, ...]:
+    """What patterns may match for the layer called `name`: where a stack is itself the layer, its
+    path does as well.
+    """
+    own = name.replace("/", ".")
+    return (own, site.path.replace("/", ".")) if site.stack == site.path else (own,)
 
 
 def _dotted(path: str) -> str:

@@ -246,7 +246,7 @@ class TestPeftFiles:
         lora = LoraConfig(r=1, target_modules=("up_proj",), **config)
         stored = adapters.StoredAdapter(config=lora, factors={}, where="test")
         model = jlora.models.load.abstract(model_dir)
-        for name, target in adapter.iter_names(injection.plan(model, lora)):
+        for name, target in adapter.iter_names(injection.plan(model, lora).targets):
             for factor, shape in target.shapes.items():
                 stored.factors[f"{name}/{factor}"] = jnp.ones(shape)
         peft.write_peft(tmp_path, model, stored)

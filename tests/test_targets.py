@@ -21,7 +21,7 @@ UNROLLED = [
     for module in MODULES
 ]
 STACKED = [
-    Site(f"model/layers/{module}", (LAYERS, 6, 4), (1,), (2,), (0,), "model/layers")
+    Site(f"model/layers/{module}", (LAYERS, 6, 4), (1,), (2,), (0,), 1, "model/layers")
     for module in MODULES
 ]
 HEAD = Site("lm_head", (6, 9), (0,), (1,))
@@ -29,7 +29,7 @@ HEAD = Site("lm_head", (6, 9), (0,), (1,))
 
 def chosen(sites: list[Site], head: str | None = "lm_head", **config) -> dict[str, Target]:
     """Layer's dotted name -> its target."""
-    plan = targets.plan(LoraConfig(**config), [*sites, HEAD], head)
+    plan = targets.plan(LoraConfig(**config), [*sites, HEAD], head).targets
     return {name.replace("/", "."): target for target in plan for name in target.site.names}
 
 
@@ -110,7 +110,7 @@ class Unnamed(Named):
 
 @pytest.mark.parametrize(("cls", "head"), [(Named, "decoder"), (Unnamed, "lm_head")])
 def test_the_head_is_named_by_the_model_or_known_by_its_name(cls: type, head: str) -> None:
-    plan = injection.plan(cls(), LoraConfig())
+    plan = injection.plan(cls(), LoraConfig()).targets
     assert {target.site.path for target in plan} == {"body", "lm_head", "decoder"} - {head}
 
 
@@ -253,7 +253,7 @@ def test_parameters_of_llama2() -> None:
     model = abstract(LLAMA2_7B, None)
     assert injection.count(model) == (0, 6_738_415_616)
     config = LoraConfig(r=8, target_modules=("q_proj", "v_proj"))
-    plan = injection.plan(model, config)
+    plan = injection.plan(model, config).targets
     assert sum(target.parameters for target in plan) == 4_194_304
-    wide = injection.plan(model, dataclasses.replace(config, r=32))
+    wide = injection.plan(model, dataclasses.replace(config, r=32)).targets
     assert math.isclose(sum(target.parameters for target in wide), 4 * 4_194_304)

@@ -140,7 +140,7 @@ def test_a_run_learns_and_reports(finished, model):
     used, report = finished
     assert json.loads((used.output / "report.json").read_text()) == report
     bare = load.load(model)
-    planned = sum(target.parameters for target in injection.plan(bare, used.lora))
+    planned = sum(target.parameters for target in injection.plan(bare, used.lora).targets)
     # 2 layers: q, k, v, o, gate, up, down of hidden 32, keys 16, intermediate 48
     assert planned == 2 * 4 * (64 + 48 + 48 + 64 + 80 + 80 + 80)
     assert report["trainable_params"] == planned

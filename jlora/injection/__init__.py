@@ -1,64 +1,148 @@
 """The model transform. Each function decides once, by type, which flavour of Flax it was given."""
 
+import functools
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
+import jax
+import optax
+from flax import linen as flax_linen
 from flax import nnx as flax_nnx
 
 from jlora import adapter, targets
 from jlora.config import LoraConfig
 from jlora.errors import JloraError
-from jlora.injection import nnx
+from jlora.injection import linen, nnx, params, registry
 
 
-def inject(model: Any, config: LoraConfig, *, rngs: Any, training: bool = True) -> Any:
-    """Put low-rank factors beside the kernels that `config` targets.
+def inject(model: Any, config: LoraConfig, *, rngs: Any = None, training: bool = True) -> Any:
+    """Put low-rank factors beside the weights that `config` targets.
 
     Args:
-        model: a Flax NNX module; changed in place. Afterwards the model computes what it did before
-            until the factors are trained (B is zero), and they are `nnx.LoRAParam` variables.
+        model: a Flax module.
+            NNX: changed in place. Afterwards the model computes what it did before until the
+            factors are trained (B is zero), and they are `nnx.LoRAParam` variables.
+            Linen: what comes back is a module of a subclass of its class. Its `init` makes
+            `lora_a` and `lora_b` beside each targeted weight; the base's names are what they were.
             A module that stacks layers (nnx.vmap) in an attribute may name it in a class attribute,
             `stacked_layers = ("layers",)`, for files that fit the unrolled model too; one with an
-            output projection that "all-linear" leaves out may name it in `output_head`.
+            output projection that "all-linear" leaves out may name it in `output_head`; one whose
+            code uses the weight of a layer elsewhere too may say so in `tied_weights`:
+            {"embed_tokens": "the output head"}.
         config: which layers, which rank.
-        rngs: nnx.Rngs, which draws A from `params` and dropout's keys from `dropout`; or a key.
-        training: whether the adapters' dropout is on; model.train() and model.eval() switch it.
+        rngs: for NNX: nnx.Rngs, which draws A from `params` and dropout's keys from `dropout`; or a
+            key. Linen's `init` has its own.
+        training: whether the adapters' dropout is on; for NNX model.train() and model.eval() switch
+            it, for Linen module.clone(lora_deterministic=...).
 
     Returns:
-        The same model.
+        NNX: the same model; Linen: the injected module.
 
     Raises:
-        JloraError: a pattern that matches no layer; a model that holds adapters already, or that is
-            itself a layer.
+        JloraError: a pattern that matches no layer (for Linen, at `init`); a model that holds
+            adapters already, or that is itself a layer.
     """
-    _flavour(model).attach(model, plan(model, config), config, rngs, training)
+    if isinstance(model, flax_linen.Module):
+        return linen.inject(model, config, training)
+    checked = plan(model, config)
+    nnx.attach(model, checked.targets, config, rngs, training, checked.whole, checked.tokens)
     return model
 
 
 def eject(model: Any) -> Any:
-    """Take the factors out again, in place: bits and classes are those before `inject`."""
+    """Take the factors out again: bits and classes are those before `inject`.
+
+    An NNX model is changed in place and returned; for Linen, the module that was injected.
+    """
+    if isinstance(model, flax_linen.Module):
+        return linen.eject(model)
     _flavour(model).eject(model)
     return model
+
+
+def merge(model: Any, variables: Any = None) -> Any:
+    """W + scaling * A B in place of each weight W, computed in float32; what was given stays.
+
+    Args:
+        model: an injected NNX model, or Linen module.
+        variables: Linen's tree of parameters, with its factors.
+
+    Returns:
+        NNX: a new model without adapters; Linen: a tree of parameters for the module that was
+        injected.
+    """
+    if isinstance(model, linen.LoraModule):
+        return linen.merge(model, variables)
+    return _flavour(model).merge(model)
 
 
 def partition(model: Any, *, everything: bool = False) -> tuple[dict[str, Any], Any]:
     """Split a model into what is trained and all the rest; `combine` is the exact inverse.
 
     Args:
-        model: a Flax NNX module that `inject` has been given.
-        everything: take every parameter as trained (full fine-tuning), not only adapters.
+        model: a Flax NNX module that `inject` has been given, or the tree of parameters of a Linen
+            module.
+        everything: take every parameter of an NNX model as trained (full fine-tuning).
 
     Returns:
         (adapters, base): path -> array, in the model's shape, and a pytree to hand to `combine`.
         Both pass through jit; differentiate with respect to the first alone.
     """
+    if isinstance(model, Mapping):
+        return params.partition(model)
     return _flavour(model).partition(model, everything)
 
 
 def combine(adapters: Mapping[str, Any], base: Any) -> Any:
-    """The model made of `adapters` and `base`, as `partition` gave them; no array is copied."""
+    """The model or tree made of `adapters` and `base`, as `partition` gave them, without copies."""
+    if isinstance(base, params.LinenBase):
+        return params.combine(adapters, base)
     return _flavour(base).combine(adapters, base)
+
+
+def optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`tx` for the adapters in a whole tree: the base gets no state, and updates of zero.
+
+    For Linen's trees of parameters (nn.Partitioned or not) and NNX's states; where adapters alone
+    are differentiated, as `partition` gives them, `tx` itself is what is needed.
+    """
+
+    def labels(tree: Any) -> Any:
+        def label(path: tuple, leaf: Any) -> str:
+            names = (getattr(key, "key", getattr(key, "name", "")) for key in path)
+            trained = isinstance(leaf, flax_nnx.LoRAParam) or any(
+                str(name).startswith("lora_") for name in names
+            )
+            return "adapters" if trained else "base"
+
+        is_variable = lambda leaf: isinstance(leaf, flax_nnx.Variable)  # noqa: E731
+        return jax.tree_util.tree_map_with_path(label, tree, is_leaf=is_variable)
+
+    return optax.partition({"adapters": tx, "base": optax.set_to_zero()}, labels)
+
+
+def register(layer: type, *, weight: str, equation: Any, bias: str | None = None) -> None:
+    """Say how a layer type of your own uses its weight, so that it can be adapted.
+
+    Args:
+        layer: a subclass of nnx.Module or nn.Module whose `__call__` takes the input first; in
+            Linen it declares its parameter itself.
+        weight: name of the weight in it.
+        equation: input, weight -> output as for einsum, "...i,io->...o"; or a function of
+            (layer, input, *args) that gives it (NNX: also of the layer alone, for planning).
+        bias: name of what it adds to the output.
+
+    Raises:
+        JloraError: no Flax module class.
+    """
+    entry = registry.Contraction(weight=weight, form=equation, bias=bias)
+    if isinstance(layer, type) and issubclass(layer, flax_nnx.Module):
+        nnx.REGISTRY[layer] = entry
+    elif isinstance(layer, type) and issubclass(layer, flax_linen.Module):
+        linen.REGISTRY[layer] = entry
+    else:
+        raise JloraError(f"register takes a class of Flax modules, got {layer!r}")
 
 
 def train_mode(model: Any, key: Any) -> None:
@@ -86,7 +170,7 @@ def stacks(model: Any) -> dict[str, int]:
     return adapter.stacks_of(sites(model))
 
 
-def plan(model: Any, config: LoraConfig) -> tuple[adapter.Target, ...]:
+def plan(model: Any, config: LoraConfig) -> targets.Plan:
     """What `inject` would adapt, without touching the model."""
     flavour = _flavour(model)
     found = flavour.find_sites(model)
@@ -97,7 +181,34 @@ def plan(model: Any, config: LoraConfig) -> tuple[adapter.Target, ...]:
             f"the model is itself a {type(model).__name__} layer: put it in a module, since "
             "adapters are named by the path of their layer"
         )
-    return targets.plan(config, found, flavour.output_head(model))
+    return targets.plan(
+        config,
+        found,
+        flavour.output_head(model),
+        modules=flavour.modules(model),
+        biases=flavour.biases(model),
+        shared=flavour.shared_weights(model),
+    )
+
+
+def plan_targets(model: Any, config: LoraConfig, *args: Any, **kwargs: Any) -> targets.Plan:
+    """What `inject` would adapt: `print` it for a table of path, shape, rank, alpha, parameters.
+
+    Args:
+        model: a Flax module that is not injected yet.
+        config: as for `inject`.
+        *args: for Linen, inputs of the module's `__call__`; shapes (jax.ShapeDtypeStruct) do.
+        **kwargs: for Linen, the rest of its arguments.
+
+    Raises:
+        JloraError: as `inject`.
+    """
+    if not isinstance(model, flax_linen.Module):
+        return plan(model, config)
+    injected = linen.inject(model, config, training=False)
+    init = functools.partial(injected.init, **kwargs)
+    variables = jax.eval_shape(init, jax.random.key(0), *args)
+    return linen.planned(injected, variables.get("params", {}))
 
 
 def scalings(model: Any) -> dict[str, float]:
@@ -107,6 +218,8 @@ def scalings(model: Any) -> dict[str, float]:
 
 def count(model: Any) -> tuple[int, int]:
     """(trainable, all) parameters; a shared weight counts once."""
+    if isinstance(model, Mapping):
+        return params.count(model)
     return _flavour(model).count(model)
 
 
@@ -128,4 +241,9 @@ def _flavour(model: Any) -> ModuleType:
         return nnx
     if hasattr(model, "module") and hasattr(model, "params"):
         raise JloraError(f"{type(model).__name__} wraps a Flax module: pass its .module")
-    raise JloraError(f"expected a flax.nnx.Module, got {type(model).__name__}")
+    if isinstance(model, flax_linen.Module):
+        raise JloraError(
+            "a Linen module holds no parameters: give the tree that its init returned, or an NNX "
+            "module"
+        )
+    raise JloraError(f"expected a Flax module, got {type(model).__name__}")

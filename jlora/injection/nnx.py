@@ -1,8 +1,10 @@
-"""Flax NNX: find sites, put factors beside kernels, take them out, read the model as trees."""
+"""Flax NNX: find sites, put factors beside weights, take them out, read the model as trees."""
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -13,9 +15,52 @@ from jlora import adapter
 from jlora.adapter import LORA_A, LORA_B, Site, Target
 from jlora.config import LoraConfig
 from jlora.errors import JloraError
-from jlora.injection.registry import LINEAR, Contraction
+from jlora.injection import registry
+from jlora.injection.registry import Contraction, Convolution, LayerType, Lookup, general
 
-REGISTRY: dict[type[nnx.Module], Contraction] = {nnx.Linear: LINEAR}
+
+def _general(layer: nnx.LinearGeneral, x: Any = None, **kwargs: Any) -> str:
+    ndim = None if x is None else x.ndim
+    return general(ndim, layer.axis, layer.batch_axis, len(layer.out_features))
+
+
+def _einsum(layer: nnx.Einsum, x: Any = None, einsum_str: str | None = None, **kw: Any) -> str:
+    equation = einsum_str or layer.einsum_str
+    if equation is None:
+        raise JloraError(
+            "an nnx.Einsum whose equation is given with each call cannot be planned: give "
+            "einsum_str to its constructor"
+        )
+    return equation
+
+
+def _convolve(layer: nnx.Conv, x: jax.Array, kernel: jax.Array, features: int) -> jax.Array:
+    # The layer's own code on other numbers, so that padding and strides are what it makes of them.
+    other: dict[str, Any] = {
+        "kernel": nnx.Param(kernel),
+        "bias": None,
+        "mask": None,
+        "use_bias": False,
+    }
+    other |= {"out_features": features, "kernel_shape": kernel.shape}
+    convolution: Any = nnx.Conv.__call__
+    return convolution(SimpleNamespace(**(vars(layer) | other)), x)
+
+
+REGISTRY: dict[type, LayerType] = {
+    nnx.Linear: Contraction(),
+    nnx.LinearGeneral: Contraction(form=_general),
+    nnx.Einsum: Contraction(form=_einsum),
+    nnx.Embed: Lookup(),
+    nnx.Conv: Convolution(run=_convolve),
+}
+
+
+class TrainedParam(nnx.LoRAParam):
+    """A parameter of the base that is trained as a whole; its first values stay beside it."""
+
+
+_KEPT = "lora_kept_"  # before the name of the attribute that holds them
 
 
 def find_sites(model: nnx.Module) -> list[Site]:
@@ -32,22 +77,31 @@ def find_sites(model: nnx.Module) -> list[Site]:
         for name in getattr(type(module), "stacked_layers", ())
     }
     sites = []
-    for path, module in _layers(model):
-        contraction = _contraction(module)
-        shape = getattr(module, contraction.weight).shape
-        extra = len(shape) - contraction.ndim
-        sites.append(
-            Site(
-                path="/".join(map(str, path)),
-                shape=shape,
-                contracting=tuple(axis + extra for axis in contraction.contracting),
-                output=tuple(axis + extra for axis in contraction.output),
-                batch=tuple(range(extra)),
-                stack=_stack(path, shape[:extra], declared) if extra else None,
-                weight=contraction.weight,
-            )
-        )
+    for path, module, layer_type in _layers(model):
+        shape = getattr(module, layer_type.weight).shape
+        site = layer_type.site(module, "/".join(map(str, path)), shape)
+        if site.stacked:
+            stack = _stack(path, shape[: site.stacked], declared)
+            site = dataclasses.replace(site, stack=stack)
+        sites.append(site)
     return sites
+
+
+def shared_weights(model: nnx.Module) -> dict[str, list[str]]:
+    """Path of a layer whose weight is used elsewhere too -> where: modules that hold the same
+    variable, and what the model's `tied_weights` says (path of a layer -> its other use).
+    """
+    tied = {path: [use] for path, use in getattr(model, "tied_weights", {}).items()}
+    holders: dict[int, list[str]] = {}
+    for path, module in nnx.iter_modules(model):
+        for name, value in vars(module).items():
+            if isinstance(value, nnx.Param):
+                holders.setdefault(id(value), []).append("/".join(map(str, (*path, name))))
+    for path, module, layer_type in _layers(model):
+        uses = holders[id(getattr(module, layer_type.weight))]
+        if len(uses) > 1:
+            tied.setdefault("/".join(map(str, path)), []).extend(uses)
+    return tied
 
 
 def output_head(model: nnx.Module) -> str | None:
@@ -55,12 +109,37 @@ def output_head(model: nnx.Module) -> str | None:
     named = getattr(model, "output_head", None)
     if isinstance(named, str):
         return named
-    paths = ["/".join(map(str, path)) for path, _ in _layers(model)]
+    paths = ["/".join(map(str, path)) for path, _, _ in _layers(model)]
     return next((path for path in paths if path.split("/")[-1] == "lm_head"), None)
 
 
+def modules(model: nnx.Module) -> dict[str, dict[str, int]]:
+    """Path of each module that holds parameters itself -> their names and sizes."""
+    found: dict[str, dict[str, int]] = {}
+    for path, variable in _variables(model, nnx.Param):
+        *parents, name = map(str, path)
+        if not name.startswith("lora_"):
+            found.setdefault("/".join(parents), {})[name] = variable.size
+    return found
+
+
+def biases(model: nnx.Module) -> dict[str, str]:
+    """Path of each layer that can be adapted -> the name of its bias, where it has one."""
+    return {
+        "/".join(map(str, path)): layer_type.bias
+        for path, module, layer_type in _layers(model)
+        if layer_type.bias and getattr(module, layer_type.bias, None) is not None
+    }
+
+
 def attach(
-    model: nnx.Module, targets: Sequence[Target], config: LoraConfig, rngs: Any, training: bool
+    model: nnx.Module,
+    targets: Sequence[Target],
+    config: LoraConfig,
+    rngs: Any,
+    training: bool,
+    whole: Sequence[str],
+    tokens: Mapping[str, Sequence[int]],
 ) -> None:
     """Add factors to the targeted layers, in place; paths, sharing and isinstance stay.
 
@@ -70,6 +149,8 @@ def attach(
         config: says how factors are initialised, and their dropout.
         rngs: nnx.Rngs, or a random key.
         training: whether dropout is on; `model.train()` and `model.eval()` change it.
+        whole: paths of parameters that are trained as a whole.
+        tokens: path of an embedding -> its rows that are trained.
 
     Raises:
         JloraError: the model holds adapters already.
@@ -79,26 +160,82 @@ def attach(
             "the model holds adapters already: jlora.eject(model) takes them out, "
             "jlora.load_adapter replaces their values"
         )
+    if rngs is None:
+        raise JloraError("inject needs rngs=nnx.Rngs(...) or a key, to draw the factors of A")
     rngs = rngs if isinstance(rngs, nnx.Rngs) else nnx.Rngs(rngs)
     key = rngs.params()
     streams: Any = rngs.dropout if config.lora_dropout else None  # an error here changes nothing
-    modules = {"/".join(map(str, path)): module for path, module in _layers(model)}
+    by_path = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
     for target in targets:
-        module: Any = modules[target.site.path]
+        module: Any = by_path[target.site.path]
         factors = adapter.init_factors(key, target, config.init_lora_weights)
-        before = set(vars(module))
-        own_class: Any = type(module)
-        _set_class(module, _lora_class(own_class))
-        module.lora_a = nnx.LoRAParam(factors[LORA_A])
-        module.lora_b = nnx.LoRAParam(factors[LORA_B])
-        module.lora_scaling = target.scaling
-        module.lora_dropout = config.lora_dropout
-        if streams is not None:
-            # One stream a stacked layer, so that a scan over layers slices it with the kernel.
-            shape = target.site.batch_shape
-            module.lora_rngs = streams.split(shape) if shape else streams.fork()
-            module.deterministic = not training
-        module.lora_attributes = tuple(sorted(set(vars(module)) - before))
+        metadata = _sharding(getattr(module, target.site.weight), target.site)
+        with _Added(module):
+            module.lora_a = nnx.LoRAParam(factors[LORA_A], **metadata[LORA_A])
+            module.lora_b = nnx.LoRAParam(factors[LORA_B], **metadata[LORA_B])
+            module.lora_scaling = target.scaling
+            module.lora_dropout = config.lora_dropout
+            if streams is not None:
+                # One stream a stacked layer, so that a scan over layers slices it with the kernel.
+                shape = target.site.shape[: target.site.stacked]
+                module.lora_rngs = streams.split(shape) if shape else streams.fork()
+                module.deterministic = not training
+    for path, rows in tokens.items():
+        module = by_path[path]
+        with _Added(module):
+            size = module.embedding.shape[-1]
+            module.lora_tokens = nnx.LoRAParam(jnp.zeros((len(rows), size), jnp.float32))
+            module.lora_token_indices = tuple(rows)
+    for path in whole:
+        parent, _, name = path.rpartition("/")
+        module = by_path[parent]
+        kept = getattr(module, name)
+        value = jnp.copy(kept.get_value()) if isinstance(kept.get_value(), jax.Array) else (
+            kept.get_value()
+        )  # fmt: skip
+        setattr(module, _KEPT + name, kept)
+        setattr(module, name, TrainedParam(value, **_annotations(kept)))
+
+
+class _Added:
+    """Swaps a layer's class on the way in, and notes what the block added to it."""
+
+    def __init__(self, module: Any):
+        self.module, self.before = module, set(vars(module))
+
+    def __enter__(self) -> None:
+        if not isinstance(self.module, LoraLayer):
+            base: Any = type(self.module)
+            _set_class(self.module, _lora_class(base))
+
+    def __exit__(self, *error: Any) -> None:
+        added = set(vars(self.module)) - self.before - {"lora_attributes"}
+        earlier = getattr(self.module, "lora_attributes", ())
+        self.module.lora_attributes = tuple(sorted({*added, *earlier}))
+
+
+def _annotations(variable: Any) -> dict[str, Any]:
+    """A variable's sharding annotations, to be noted and not applied yet."""
+    metadata = {k: v for k, v in variable.get_metadata().items() if k in _AXES}
+    return metadata | {"eager_sharding": False} if metadata else {}
+
+
+_AXES = ("out_sharding", "sharding_names", "sharding")
+
+
+def _sharding(weight: Any, site: Site) -> dict[str, dict[str, Any]]:
+    """Annotations of the factors: A has those of the contracted axes, B those of the output's."""
+    annotations = _annotations(weight)
+    axes = {LORA_A: site.contracting, LORA_B: site.output}
+    result: dict[str, dict[str, Any]] = {}
+    for factor, own in axes.items():
+        result[factor] = dict(annotations)
+        for name in _AXES:
+            if (spec := annotations.get(name)) is not None:
+                spec = tuple(spec) + (None,) * (len(site.shape) - len(spec))
+                picked = (*(spec[i] for i in site.batch), None, *(spec[i] for i in own))
+                result[factor][name] = picked
+    return result
 
 
 def eject(model: nnx.Module) -> None:
@@ -107,6 +244,10 @@ def eject(model: nnx.Module) -> None:
         for name in (*module.lora_attributes, "lora_attributes"):
             delattr(module, name)
         _set_class(module, type(module).lora_base)
+    for _, module in nnx.iter_modules(model):
+        for name in [name for name in vars(module) if name.startswith(_KEPT)]:
+            setattr(module, name.removeprefix(_KEPT), getattr(module, name))
+            delattr(module, name)
 
 
 def adapted(model: nnx.Module) -> list[tuple[tuple, Any]]:
@@ -116,7 +257,33 @@ def adapted(model: nnx.Module) -> list[tuple[tuple, Any]]:
 
 def scalings(model: nnx.Module) -> dict[str, float]:
     """Path of each adapted layer -> the factor on its low-rank product."""
-    return {"/".join(map(str, path)): module.lora_scaling for path, module in adapted(model)}
+    return {
+        "/".join(map(str, path)): module.lora_scaling
+        for path, module in adapted(model)
+        if hasattr(module, LORA_A)
+    }
+
+
+def merge(model: nnx.Module) -> nnx.Module:
+    """A new model with W + scaling * A B in place of W, and no adapters; `model` stays as it is."""
+    merged = nnx.clone(model)
+    for path, module in adapted(merged):
+        layer_type = _type_of(module)
+        weight = getattr(module, layer_type.weight)
+        value = weight.get_value().astype(jnp.float32)
+        if hasattr(module, LORA_A):
+            site = layer_type.site(module, "/".join(map(str, path)), value.shape)
+            factors = module.lora_a.get_value(), module.lora_b.get_value()
+            value = value + adapter.delta_weight(site, *factors, module.lora_scaling)
+        if hasattr(module, "lora_tokens"):
+            value = value.at[jnp.asarray(module.lora_token_indices)].add(module.lora_tokens[...])
+        weight.set_value(value.astype(weight.get_value().dtype))
+    for _, module in nnx.iter_modules(merged):
+        for name in [name for name in vars(module) if name.startswith(_KEPT)]:
+            kept = getattr(module, name)
+            kept.set_value(getattr(module, name.removeprefix(_KEPT)).get_value())
+    eject(merged)
+    return merged
 
 
 class LoraLayer:
@@ -125,14 +292,29 @@ class LoraLayer:
     __slots__ = ()
     lora_base: type[nnx.Module]
 
-    def lora_call(self: Any, x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+    def lora_call(self: Any, method: str, *args: Any, **kwargs: Any) -> jax.Array:
         """The layer's own output plus the low-rank term, in the dtype of that output."""
-        y = self.lora_base.__call__(self, x, *args, **kwargs)
-        if self.lora_dropout and not self.deterministic:
-            x = adapter.dropout(x, self.lora_dropout, self.lora_rngs())
-        return y + adapter.delta(
-            x, self.lora_a[...], self.lora_b[...], self.lora_scaling, dtype=y.dtype
-        )
+        own = getattr(self.lora_base, method)
+        y = own(self, *args, **kwargs)
+        if not args:  # the input was given by name
+            bound = inspect.signature(own).bind(self, **kwargs)
+            _, *args = bound.args  # type: ignore[assignment]
+            kwargs = bound.kwargs
+        x, *rest = args
+        layer_type = _type_of(self)
+        if hasattr(self, LORA_A):
+            low = x
+            if self.lora_dropout and not self.deterministic and not isinstance(layer_type, Lookup):
+                low = adapter.dropout(x, self.lora_dropout, self.lora_rngs())
+            factors = self.lora_a[...], self.lora_b[...]
+            term = layer_type.delta(
+                self, method, (low, *rest), kwargs, factors, self.lora_scaling, y.dtype
+            )
+            y = y + term
+        if hasattr(self, "lora_tokens"):
+            rows = self.lora_tokens[...]
+            y = y + registry.token_term(method, x, self.lora_token_indices, rows, y)
+        return y
 
     def lora_reduce(self: Any) -> tuple:
         """The class is made at run time: pickle its base, and make it again."""
@@ -143,14 +325,21 @@ class LoraLayer:
 def _lora_class(base: Any) -> Any:
     # The layer's own class comes first: Python lets an instance change class only between classes
     # of one memory layout, which is that of the first base. Hence methods in the body.
-    body = {
-        "lora_base": base,
-        "__call__": LoraLayer.lora_call,
-        "__reduce__": LoraLayer.lora_reduce,
-        "__module__": __name__,
-    }
+    body = {"lora_base": base, "__reduce__": LoraLayer.lora_reduce, "__module__": __name__}
+    layer_type = registry.find(REGISTRY, base)
+    assert layer_type is not None
+    for method in layer_type.methods:
+        body[method] = _call(method, getattr(base, method))
     metaclass: Any = type(base)
     return metaclass(f"Lora{base.__name__}", (base, LoraLayer), body)
+
+
+def _call(method: str, own: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(own)
+    def call(self: Any, *args: Any, **kwargs: Any) -> jax.Array:
+        return LoraLayer.lora_call(self, method, *args, **kwargs)
+
+    return call
 
 
 def _set_class(module: nnx.Module, cls: type) -> None:
@@ -214,14 +403,16 @@ def count(model: nnx.Module) -> tuple[int, int]:
     return sum(size for trained, size in sizes if trained), sum(size for _, size in sizes)
 
 
-def _layers(model: nnx.Module) -> Iterator[tuple[tuple, nnx.Module]]:
+def _layers(model: nnx.Module) -> Iterator[tuple[tuple, nnx.Module, LayerType]]:
     for path, module in nnx.iter_modules(model):
-        if isinstance(module, tuple(REGISTRY)):
-            yield path, module
+        if (layer_type := registry.find(REGISTRY, type(module))) is not None:
+            yield path, module, layer_type
 
 
-def _contraction(module: nnx.Module) -> Contraction:
-    return next(REGISTRY[cls] for cls in type(module).__mro__ if cls in REGISTRY)
+def _type_of(module: nnx.Module) -> LayerType:
+    layer_type = registry.find(REGISTRY, type(module))
+    assert layer_type is not None, type(module)
+    return layer_type
 
 
 def _variables(model: nnx.Module, kind: Any) -> list[tuple[tuple, Any]]:

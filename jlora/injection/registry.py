@@ -1,20 +1,194 @@
-"""How a layer type contracts its weight; each flavour keeps the table of its own layer types."""
+"""How layer types use their weights; each flavour of Flax keeps a table of its own types."""
 
 import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jlora import adapter
+from jlora.adapter import Site, split_equation
+from jlora.errors import JloraError
 
 
 @dataclasses.dataclass(frozen=True)
-class Contraction:
-    """Axes of a layer type's weight, counted without the leading axes of stacked layers."""
+class LayerType:
+    """What adapters need to know of a type of layer."""
 
     weight: str
-    contracting: tuple[int, ...]
-    output: tuple[int, ...]
+    """Name of the weight in the layer."""
+    bias: str | None = "bias"
+    """Name of what the layer adds to its output, where it has that."""
+    methods: ClassVar[tuple[str, ...]] = ("__call__",)
+    """Methods that use the weight; each takes the input first."""
 
-    @property
-    def ndim(self) -> int:
-        """Rank of one layer's weight; further leading axes are stacked layers."""
-        return len(self.contracting) + len(self.output)
+    def equation(self, layer: Any, *args: Any, **kwargs: Any) -> str:
+        """Input, weight -> output as for einsum; without arguments, leading axes are "..."."""
+        raise NotImplementedError
+
+    def site(self, layer: Any, path: str, shape: tuple[int, ...], *args: Any, **kw: Any) -> Site:
+        """The site of a layer whose weight has `shape`; axes beyond its own stack layers."""
+        inputs, weight, out = split_equation(self.equation(layer, *args, **kw))
+        if "..." in weight or len(weight) > len(shape):
+            raise JloraError(f"{path}: the equation does not fit a weight of shape {shape}")
+        extra = len(shape) - len(weight)
+        at = {c: i + extra for i, c in enumerate(weight)}
+        return Site(
+            path=path,
+            shape=shape,
+            contracting=tuple(at[c] for c in weight if c not in out),
+            output=tuple(at[c] for c in weight if c not in inputs),
+            batch=(*range(extra), *(at[c] for c in weight if c in inputs and c in out)),
+            stacked=extra,
+            weight=self.weight,
+        )
+
+    def delta(
+        self,
+        layer: Any,
+        method: str,
+        args: tuple,
+        kwargs: dict[str, Any],
+        factors: tuple[jax.Array, jax.Array],
+        scaling: float | jax.Array,
+        dtype: Any,
+    ) -> jax.Array:
+        """The low-rank term of the layer's output for these arguments."""
+        equation = self.equation(layer, *args, **kwargs)
+        return adapter.delta(args[0], *factors, scaling, dtype, equation)
 
 
-LINEAR = Contraction("kernel", contracting=(0,), output=(1,))
+@dataclasses.dataclass(frozen=True)
+class Contraction(LayerType):
+    """A layer that is an einsum of its input and its weight."""
+
+    weight: str = "kernel"
+    form: str | Callable[..., str] = "...i,io->...o"
+    """The equation, or what gives it for (layer, *args, **kwargs) of a call."""
+
+    def equation(self, layer: Any, *args: Any, **kwargs: Any) -> str:
+        """Input, weight -> output."""
+        return self.form if isinstance(self.form, str) else self.form(layer, *args, **kwargs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lookup(LayerType):
+    """An embedding: rows of the weight by index; `attend` multiplies by its transpose."""
+
+    weight: str = "embedding"
+    bias: str | None = None
+    methods: ClassVar[tuple[str, ...]] = ("__call__", "attend")
+
+    def equation(self, layer: Any, *args: Any, **kwargs: Any) -> str:
+        """That of `attend`: the rows are what indices choose among."""
+        return "...o,io->...i"
+
+    def site(self, layer: Any, path: str, shape: tuple[int, ...], *args: Any, **kw: Any) -> Site:
+        """Rows are the contracted axis, as if indices were one-hot."""
+        linear = Contraction(self.weight).site(layer, path, shape)
+        return dataclasses.replace(linear, kind="embedding")
+
+    def delta(
+        self,
+        layer: Any,
+        method: str,
+        args: tuple,
+        kwargs: dict[str, Any],
+        factors: tuple[jax.Array, jax.Array],
+        scaling: float | jax.Array,
+        dtype: Any,
+    ) -> jax.Array:
+        """Rows of A B, or the query times their transpose."""
+        if method == "attend":
+            return adapter.delta(args[0], factors[1], factors[0], scaling, dtype)
+        return adapter.delta_rows(args[0], *factors, scaling, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Convolution(LayerType):
+    """A convolution: A is one with r output channels, B mixes these (as in PEFT).
+
+    Each group of channels has the same A, on its own inputs.
+    """
+
+    weight: str = "kernel"
+    run: Callable[[Any, jax.Array, jax.Array, int], jax.Array] = None  # type: ignore[assignment]
+    """(layer, x, kernel, features) -> the layer's convolution of x with another kernel, no bias."""
+
+    def site(self, layer: Any, path: str, shape: tuple[int, ...], *args: Any, **kw: Any) -> Site:
+        """The window and the inputs are contracted."""
+        extra = len(shape) - len(window(layer)) - 2
+        last = len(shape) - 1
+        return Site(
+            path=path,
+            shape=shape,
+            contracting=tuple(range(extra, last)),
+            output=(last,),
+            batch=tuple(range(extra)),
+            stacked=extra,
+            weight=self.weight,
+            kind="convolution",
+        )
+
+    def delta(
+        self,
+        layer: Any,
+        method: str,
+        args: tuple,
+        kwargs: dict[str, Any],
+        factors: tuple[jax.Array, jax.Array],
+        scaling: float | jax.Array,
+        dtype: Any,
+    ) -> jax.Array:
+        """The convolution with A, then B at each place."""
+        lora_a, lora_b = factors
+        r, groups = lora_a.shape[0], layer.feature_group_count
+        kernel = jnp.tile(jnp.moveaxis(lora_a.astype(dtype), 0, -1), groups)
+        low = self.run(layer, args[0].astype(dtype), kernel, groups * r).astype(dtype)
+        low = low.reshape(*low.shape[:-1], groups, r) * jnp.asarray(scaling, dtype)
+        term = jnp.einsum("...gr,rgo->...go", low, lora_b.astype(dtype).reshape(r, groups, -1))
+        return term.reshape(*low.shape[:-2], -1)
+
+
+def token_term(
+    method: str, x: jax.Array, indices: tuple[int, ...], rows: jax.Array, y: jax.Array
+) -> jax.Array:
+    """What trained rows (n, D) at `indices` add to an embedding's output for the input `x`."""
+    if method == "attend":
+        logits = x.astype(y.dtype) @ rows.astype(y.dtype).T
+        return jnp.zeros_like(y).at[..., jnp.asarray(indices)].set(logits)
+    hits = x[..., None] == jnp.asarray(indices, x.dtype)
+    return hits.astype(y.dtype) @ rows.astype(y.dtype)
+
+
+def window(layer: Any) -> tuple[int, ...]:
+    """Sizes of a convolution's window."""
+    size = layer.kernel_size
+    return (size,) if isinstance(size, int) else tuple(size)
+
+
+def general(ndim: int | None, axis: Iterable[int], batch: Iterable[int], outputs: int) -> str:
+    """The equation of DenseGeneral and LinearGeneral.
+
+    Args:
+        ndim: of the input; None where it isn't known: the contracted axes then stand last.
+        axis: axes of the input that are contracted.
+        batch: axes that input, weight and output share.
+        outputs: number of output axes.
+    """
+    axis, batch = tuple(axis), tuple(batch)
+    ins, outs = "abcdefgh"[: len(axis)], "ijklmnop"[:outputs]
+    shared, free = "qrstuvwx"[: len(batch)], "ABCDEFGHIJKLMNOP"
+    if ndim is None:
+        return f"{shared}...{ins},{shared}{ins}{outs}->{shared}...{outs}"
+    names = dict(zip(sorted(a % ndim for a in batch), shared, strict=True))
+    names |= dict(zip(sorted(a % ndim for a in axis), ins, strict=True))
+    rest = "".join(free[i] for i in range(ndim) if i not in names)
+    inputs = "".join(names.get(i, free[i]) for i in range(ndim))
+    return f"{inputs},{shared}{ins}{outs}->{shared}{rest}{outs}"
+
+
+def find(table: dict[type, LayerType], cls: type) -> LayerType | None:
+    """The entry of the nearest registered class that `cls` is or inherits from."""
+    return next((table[base] for base in cls.__mro__ if base in table), None)

@@ -1,0 +1,393 @@
+"""Flax Linen: a module whose layers get factors beside their weights, and trees of parameters.
+
+An injected module is of a subclass of its own class, made at run time, that runs each method under
+an interceptor of layer calls. The interceptor makes the factors with the layer's own `param`, so
+that they land beside its weight and nn.scan and nn.remat lift them with the rest. What is trained
+as a whole (biases, saved modules) is a leaf that is added to the base's own, so that weights which
+are loaded after `init` count.
+"""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.core import FrozenDict, meta
+
+from jlora import adapter
+from jlora.adapter import LORA_A, LORA_B, Site, Target
+from jlora.config import LoraConfig
+from jlora.errors import JloraError
+from jlora.injection import registry
+from jlora.injection.params import flatten, is_trained, unflatten
+from jlora.injection.registry import Contraction, Convolution, LayerType, Lookup, general
+from jlora.targets import Choice, Plan, plan
+
+
+def _tuple(value: int | Iterable[int]) -> tuple[int, ...]:
+    return (value,) if isinstance(value, int) else tuple(value)
+
+
+def _general(layer: nn.DenseGeneral, x: Any = None) -> str:
+    axis, batch, features = (_tuple(v) for v in (layer.axis, layer.batch_dims, layer.features))
+    return general(None if x is None else x.ndim, axis, batch, len(features))
+
+
+def _einsum(layer: nn.Einsum, x: Any = None, einsum_str: str | None = None) -> str:
+    return einsum_str or layer.einsum_str  # type: ignore[return-value]
+
+
+def _convolve(layer: nn.Conv, x: jax.Array, kernel: jax.Array, features: int) -> jax.Array:
+    # The layer's own code on other numbers, so that padding and strides are what it makes of them.
+    other = layer.clone(parent=None, name=None, features=features, use_bias=False, mask=None)
+    return other.apply({"params": {"kernel": kernel}}, x)  # type: ignore[return-value]
+
+
+REGISTRY: dict[type, LayerType] = {
+    nn.Dense: Contraction(),
+    nn.DenseGeneral: Contraction(form=_general),
+    nn.Einsum: Contraction(form=_einsum),
+    nn.Embed: Lookup(),
+    nn.Conv: Convolution(run=_convolve),
+}
+
+LORA_TOKENS = "lora_tokens"  # an embedding's trained rows: what is added to the base's
+LORA_ADDED = "lora_added_"  # before the name of a leaf of the base: what is added to it
+
+
+@dataclasses.dataclass(eq=False)
+class Injection:
+    """What an injected module knows of its adapters. Clones of the module share it."""
+
+    config: LoraConfig
+    head: str | None
+    sites: dict[str, Site] = dataclasses.field(default_factory=dict)
+    """Those met so far, by path; a trace meets all. Of a stack, one layer's."""
+
+    def __post_init__(self) -> None:
+        self.choice = Choice(self.config, self.head)
+
+    def target(self, site: Site) -> Target | None:
+        """How the site is adapted, or None."""
+        return self.choice.target(site, [site.path]) if self.choice.takes(site, site.path) else None
+
+
+def inject(model: nn.Module, config: LoraConfig, training: bool) -> nn.Module:
+    """An injected module that computes what `model` does, until its factors are trained."""
+    if isinstance(model, LoraModule):
+        raise JloraError("the module holds adapters already: jlora.eject(module) takes them out")
+    if registry.find(REGISTRY, type(model)):
+        raise JloraError(
+            f"the model is itself a {type(model).__name__} layer: put it in a module, since "
+            "adapters are named by the path of their layer"
+        )
+    injection = Injection(config, getattr(model, "output_head", "lm_head"))
+    fields = _fields(model)
+    base: Any = type(model)
+    return _class(base)(**fields, lora=injection, lora_deterministic=not training)
+
+
+def eject(model: nn.Module) -> nn.Module:
+    """The module that was injected."""
+    if not isinstance(model, LoraModule):
+        return model
+    return type(model).lora_base(**_fields(model))
+
+
+def _fields(model: nn.Module) -> dict[str, Any]:
+    names = [f.name for f in dataclasses.fields(model) if f.init and not f.name.startswith("lora")]
+    return {name: getattr(model, name) for name in names}
+
+
+class LoraModule:
+    """What the class of an injected module has beside the module's own class."""
+
+    lora_base: type[nn.Module]
+    lora: Injection
+    lora_deterministic: bool
+    """Whether the adapters' dropout is off."""
+
+
+@functools.cache
+def _class(base: Any) -> Any:
+    own = {
+        name
+        for cls in base.__mro__
+        if issubclass(cls, nn.Module) and cls is not nn.Module
+        for name, value in vars(cls).items()
+        if inspect.isfunction(value) and (name == "__call__" or not name.startswith("_"))
+    }
+    body: dict[str, Any] = {name: _intercepted(base, name) for name in own if name != "setup"}
+    body |= {name: _outermost(base, name) for name in ("init_with_output", "apply")}
+    body |= {"__annotations__": {"lora": Any, "lora_deterministic": bool}}
+    body |= {"lora": None, "lora_deterministic": True, "lora_base": base}
+    body |= {"__module__": base.__module__, "__reduce__": _reduce}
+    kind: Any = type(base)
+    return kind(f"Lora{base.__name__}", (base, LoraModule), body)
+
+
+def _reduce(self: Any) -> tuple:
+    return _rebuild, (self.lora_base, _fields(self), self.lora.config, not self.lora_deterministic)
+
+
+def _rebuild(base: Any, fields: dict[str, Any], config: LoraConfig, training: bool) -> Any:
+    return inject(base(**fields), config, training)
+
+
+def _intercepted(base: type[nn.Module], name: str) -> Callable[..., Any]:
+    own = getattr(base, name)
+
+    @functools.wraps(own)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if (
+            self.scope is None or self.lora in _RUNNING.get()
+        ):  # unbound, or called by its own method
+            return own(self, *args, **kwargs)
+        with (
+            _within(_RUNNING, self.lora),
+            nn.intercept_methods(functools.partial(_intercept, self)),
+        ):
+            return own(self, *args, **kwargs)
+
+    for mark in ("compact", "nowrap"):  # Linen's own marks, which `wraps` copies: it wraps again
+        method.__dict__.pop(mark, None)
+    method.__dict__.pop("method_handler_wrapped", None)
+    return method
+
+
+# Injections one of whose methods runs; calls of layers that have not returned.
+_RUNNING: ContextVar[tuple] = ContextVar("running", default=())
+_CALLS: ContextVar[tuple] = ContextVar("calls", default=())
+
+
+@contextmanager
+def _within(stack: ContextVar[tuple], entry: Any) -> Iterator[None]:
+    token = stack.set((*stack.get(), entry))
+    try:
+        yield
+    finally:
+        stack.reset(token)
+
+
+def _intercept(
+    root: Any, following: Callable[..., Any], args: tuple, kwargs: dict[str, Any], context: Any
+) -> Any:
+    """One call of one layer: its own output and the terms of its adapters."""
+    layer = context.module
+    layer_type = registry.find(REGISTRY, type(layer))
+    if layer_type is None or context.method_name not in layer_type.methods:
+        return following(*args, **kwargs)
+    # nn.remat(nn.Dense), nn.vmap(nn.Dense)... are layers around a layer: the inner one is adapted.
+    call = {"path": layer.path, "adapted": False}
+    outer = next((c for c in _CALLS.get() if c["path"] == layer.path), None)
+    with _within(_CALLS, call):
+        y = following(*args, **kwargs)
+    if outer is not None:
+        outer["adapted"] = True
+    weight = layer.get_variable("params", layer_type.weight)
+    if weight is None or call["adapted"]:
+        return y
+    if not args:
+        bound = inspect.signature(context.orig_method).bind(layer, **kwargs)
+        args, kwargs = bound.args[1:], bound.kwargs
+    injection: Injection = root.lora
+    if layer.path[: len(root.path)] != root.path or layer.path == root.path:
+        return y  # a module that runs another by `apply` of its own: not in this one's tree
+    path = "/".join(layer.path[len(root.path) :])
+    shape = meta.unbox(weight).shape
+    site = layer_type.site(layer, path, shape, *args, **kwargs)
+    injection.sites[path] = site
+    target = injection.target(site)
+    if target is not None:
+        box = weight if isinstance(weight, meta.AxisMetadata) else None
+        factors = _factors(layer, target, injection.config, box)
+        x, *rest = args
+        if (
+            injection.config.lora_dropout
+            and not root.lora_deterministic
+            and site.kind != "embedding"
+        ):
+            x = _dropout(injection.config.lora_dropout, layer, x)
+        y = y + layer_type.delta(
+            layer, context.method_name, (x, *rest), kwargs, factors, target.scaling, y.dtype
+        )
+    rows = injection.choice.config.trainable_token_indices
+    if rows and site.kind == "embedding":
+        indices = _rows_of(rows, path)
+        if indices:
+            size = (len(indices), shape[-1])
+            trained = _param(layer, LORA_TOKENS, lambda key: jnp.zeros(size, jnp.float32))
+            y = y + registry.token_term(context.method_name, args[0], indices, trained, y)
+    return y
+
+
+def _rows_of(rows: Any, path: str) -> tuple[int, ...]:
+    if not isinstance(rows, Mapping):
+        return tuple(rows)
+    dotted = path.replace("/", ".")
+    return next((tuple(v) for k, v in rows.items() if f".{dotted}".endswith("." + k)), ())
+
+
+def _factors(layer: Any, target: Target, config: LoraConfig, box: Any) -> tuple[Any, ...]:
+    """The layer's own factors; `init` makes them."""
+    site = target.site
+
+    def first(name: str) -> Callable[..., Any]:
+        def init(key: jax.Array) -> Any:
+            value = adapter.init_factors(key, target, config.init_lora_weights)[name]
+            if box is None or not hasattr(box, "names"):
+                return value
+            own = site.contracting if name == LORA_A else site.output
+            picked = (*(box.names[i] for i in site.batch), None, *(box.names[i] for i in own))
+            return dataclasses.replace(box, value=value, names=picked)
+
+        return init
+
+    return tuple(_param(layer, name, first(name)) for name in (LORA_A, LORA_B))
+
+
+def _param(layer: Any, name: str, init: Callable[..., Any]) -> jax.Array:
+    """A layer's `param` that may be asked for twice, and outside of compact methods (Embed's)."""
+    if layer.scope.has_variable("params", name):
+        return meta.unbox(layer.scope.get_variable("params", name))
+    return layer.scope.param(name, init)
+
+
+def _dropout(rate: float, layer: Any, x: jax.Array) -> jax.Array:
+    if not layer.has_rng("dropout"):
+        if layer.is_initializing():
+            return x
+        raise JloraError(
+            f"lora_dropout is {rate}: apply needs rngs={{'dropout': key}}; to evaluate, "
+            "module.clone(lora_deterministic=True)"
+        )
+    return adapter.dropout(x, rate, layer.make_rng("dropout"))
+
+
+def _outermost(base: type[nn.Module], name: str) -> Callable[..., Any]:
+    """`init` and `apply`: where whole trees of parameters pass."""
+    own = getattr(base, name)
+
+    @nn.nowrap
+    @functools.wraps(own)
+    def init(self: Any, *args: Any, **kwargs: Any) -> Any:
+        out, variables = own(self, *args, **kwargs)
+        params = variables.get("params", {})
+        checked = planned(self, params)
+        added = _added(checked, params)
+        if not added:
+            return out, variables
+        frozen = isinstance(variables, FrozenDict)
+        variables = {**variables, "params": unflatten({**flatten(params), **added})}
+        return out, FrozenDict(variables) if frozen else variables
+
+    @nn.nowrap
+    @functools.wraps(own)
+    def apply(self: Any, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if "params" in variables:
+            variables = {**variables, "params": _effective(variables["params"])}
+        return own(self, variables, *args, **kwargs)
+
+    return init if name.startswith("init") else apply
+
+
+def planned(model: Any, params: Any) -> Plan:
+    """The plan of an injected module whose layers have been traced.
+
+    Args:
+        model: the injected module.
+        params: its tree of parameters, with or without factors.
+    """
+    injection: Injection = model.lora
+    flat = flatten(params)
+    sites: list[Site] = []
+    modules: dict[str, dict[str, int]] = {}
+    biases: dict[str, str] = {}
+    for path, site in injection.sites.items():
+        leaf = flat.get(f"{path}/{site.weight}")
+        sites.append(site if leaf is None else stacked(site, meta.unbox(leaf).shape))
+    for path, leaf in flat.items():
+        parent, _, name = path.rpartition("/")
+        if not name.startswith("lora_"):
+            modules.setdefault(parent, {})[name] = meta.unbox(leaf).size
+            if name == "bias":
+                biases[parent] = name
+    return plan(injection.config, sites, injection.head, modules=modules, biases=biases)
+
+
+def stacked(site: Site, shape: tuple[int, ...]) -> Site:
+    """One layer's site, with the leading axes that nn.scan and nn.vmap have given its weight."""
+    extra = len(shape) - len(site.shape)
+    if shape[extra:] != site.shape:
+        raise JloraError(
+            f"{site.path}: layers are stacked on another axis than the first (one layer's weight "
+            f"is {site.shape}, the stack's {shape}); let variable_axes say {{'params': 0}}"
+        )
+    return dataclasses.replace(
+        site,
+        shape=shape,
+        contracting=tuple(i + extra for i in site.contracting),
+        output=tuple(i + extra for i in site.output),
+        batch=(*range(extra), *(i + extra for i in site.batch)),
+        stacked=extra,
+        stack=site.path if extra else None,
+    )
+
+
+def _added(checked: Plan, params: Any) -> dict[str, Any]:
+    flat = flatten(params)
+    added = {}
+    for path in checked.whole:
+        parent, _, name = path.rpartition("/")
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), flat[path])
+        added[f"{parent}/{LORA_ADDED}{name}".lstrip("/")] = zeros
+    return added
+
+
+def _effective(params: Any) -> Any:
+    """The parameters with what is added to whole leaves added, and those leaves gone."""
+    flat = flatten(params)
+    added = {p: v for p, v in flat.items() if p.rpartition("/")[2].startswith(LORA_ADDED)}
+    if not added:
+        return params
+    for path, more in added.items():
+        del flat[path]
+        parent, _, name = path.rpartition("/")
+        whole = f"{parent}/{name.removeprefix(LORA_ADDED)}".lstrip("/")
+        flat[whole] = jax.tree.map(_plus, flat[whole], more)
+    return unflatten(flat)
+
+
+def _plus(weight: jax.Array, update: jax.Array) -> jax.Array:
+    return (weight.astype(jnp.float32) + update).astype(weight.dtype)
+
+
+def merge(model: Any, params: Any) -> Any:
+    """The base's tree with W + scaling * A B in place of W; `params` stays as it is."""
+    if not model.lora.sites:
+        raise JloraError(
+            "the module has not been traced, and so its layers are not known: call "
+            "jax.eval_shape(module.init, key, inputs) once before"
+        )
+    flat = flatten(_effective(params))
+    for target in planned(model, params).targets:
+        site, box = target.site, flat[f"{target.site.path}/{target.site.weight}"]
+        a, b = (meta.unbox(flat[f"{site.path}/{name}"]) for name in (LORA_A, LORA_B))
+        update = adapter.delta_weight(site, a, b, target.scaling)
+        flat[f"{site.path}/{site.weight}"] = jax.tree.map(
+            functools.partial(_plus, update=update), box
+        )
+    for path in [p for p in flat if p.rpartition("/")[2] == LORA_TOKENS]:
+        parent = path.rpartition("/")[0]
+        indices = jnp.asarray(_rows_of(model.lora.config.trainable_token_indices, parent))
+        where, rows = f"{parent}/{model.lora.sites[parent].weight}", meta.unbox(flat[path])
+        change = jnp.zeros(meta.unbox(flat[where]).shape, jnp.float32).at[..., indices, :].add(rows)
+        flat[where] = jax.tree.map(functools.partial(_plus, update=change), flat[where])
+    tree = unflatten({path: leaf for path, leaf in flat.items() if not is_trained(path)})
+    return FrozenDict(tree) if isinstance(params, FrozenDict) else tree

@@ -1,0 +1,55 @@
+"""Trees of parameters as Flax Linen has them: what in them is an adapter's."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import traverse_util
+from flax.core import FrozenDict, meta
+
+
+def flatten(params: Any) -> dict[str, Any]:
+    """Nested mappings to path -> leaf; boxes (nn.Partitioned) are leaves."""
+    return {"/".join(path): leaf for path, leaf in traverse_util.flatten_dict(dict(params)).items()}
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flatten`."""
+    return traverse_util.unflatten_dict({tuple(path.split("/")): v for path, v in flat.items()})
+
+
+def is_trained(path: str) -> bool:
+    """Whether a leaf of a tree of parameters is an adapter's."""
+    return path.rpartition("/")[2].startswith("lora_")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LinenBase:
+    """All of a tree of parameters but its trained leaves."""
+
+    rest: dict[str, Any]
+    order: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    frozen: bool = dataclasses.field(metadata={"static": True})
+
+
+def partition(params: Any) -> tuple[dict[str, Any], LinenBase]:
+    """Split into (trained leaves by path, everything else); `combine` is the inverse."""
+    flat = flatten(params)
+    trained = {path: leaf for path, leaf in flat.items() if is_trained(path)}
+    rest = {path: leaf for path, leaf in flat.items() if path not in trained}
+    return trained, LinenBase(rest, tuple(flat), isinstance(params, FrozenDict))
+
+
+def combine(adapters: Mapping[str, Any], base: LinenBase) -> Any:
+    """The tree that `partition` split."""
+    flat = {p: adapters[p] if p in adapters else base.rest[p] for p in base.order}
+    tree = unflatten(flat)
+    return FrozenDict(tree) if base.frozen else tree
+
+
+def count(params: Any) -> tuple[int, int]:
+    """(trained, all) parameters."""
+    sizes = {path: meta.unbox(leaf).size for path, leaf in flatten(params).items()}
+    return sum(s for p, s in sizes.items() if is_trained(p)), sum(sizes.values())
