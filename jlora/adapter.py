@@ -21,6 +21,7 @@ from jax import Array, lax
 from jlora.canonical import layer_path
 
 LORA_A, LORA_B = "lora_a", "lora_b"
+LORA_TOKENS = "lora_tokens"  # trained rows of an embedding: what is added to the base's
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jlora import adapter, canonical, checkpoint, injection, peft
+from jlora import adapter, canonical, checkpoint, injection, paths, peft
 from jlora.checkpoint import StoredAdapter
 from jlora.errors import JloraError
+from jlora.targets import Plan
 
 
 def load_adapter(path: str | Path, model: Any) -> Any:
@@ -18,10 +19,11 @@ def load_adapter(path: str | Path, model: Any) -> Any:
 
     Args:
         path: a run of `jlora train`, what `save_adapter` wrote, or a PEFT directory.
-        model: the base model, or one that was injected alike.
+        model: the base model, or one that was injected alike; or the tree of parameters of an
+            injected Linen module, for what was saved of one.
 
     Returns:
-        The same model. On a base model the adapter's dropout is off until model.train().
+        The same model, or a new tree. On a base model, dropout is off until model.train().
 
     Raises:
         JloraError: nothing readable at `path`; factors that the model has no place for, places
@@ -78,21 +80,30 @@ def _checkpoints(run: Path) -> list[Path]:
 
 def apply(stored: StoredAdapter, model: Any) -> Any:
     """Put what was read on `model`; see `load_adapter`."""
-    trained, _ = injection.partition(model)
+    trained, base = injection.partition(model)
+    if isinstance(model, Mapping):
+        paths.check_same(
+            {path: tuple(leaf.shape) for path, leaf in trained.items()},
+            {path: tuple(leaf.shape) for path, leaf in stored.factors.items()},
+            what=f"the adapter in {stored.where}",
+            remedy="load it into the tree that init of the injected module returns",
+        )
+        return injection.combine(injection.boxed_like(trained, stored.factors), base)
     try:
-        targets = injection.plan(model, stored.config).targets
+        plan = injection.plan(model, stored.config)
     except JloraError as error:
         raise JloraError(f"the adapter in {stored.where} is not for this model: {error}") from None
-    checkpoint.check_fits(stored, targets)
-    _check_base(stored, model, targets)
+    stacks = injection.stacks(model)
+    checkpoint.check_fits(stored, plan, stacks)
+    _check_base(stored, model, plan.targets)
     if not trained:
         injection.inject(model, stored.config, rngs=jax.random.key(0), training=False)
-    elif not _injected_alike(model, trained, targets):
+    elif not _injected_alike(model, trained, plan):
         raise JloraError(
             "the model was injected with other targets, ranks or scaling than the adapter in "
             f"{stored.where} has; load it on a fresh model, or jlora.eject(model) first"
         )
-    injection.update(model, canonical.restack(stored.factors, injection.stacks(model)))
+    injection.update(model, canonical.restack(stored.factors, stacks))
     return model
 
 
@@ -129,13 +140,8 @@ def _check_base(stored: StoredAdapter, model: Any, targets: Sequence[adapter.Tar
         )
 
 
-def _injected_alike(
-    model: Any, trained: Mapping[str, Any], targets: Sequence[adapter.Target]
-) -> bool:
-    """Whether `model` holds the factors of `targets`, with their shapes and scaling."""
-    shapes = {
-        f"{t.site.path}/{factor}": shape for t in targets for factor, shape in t.shapes.items()
-    }
-    return {path: leaf.shape for path, leaf in trained.items()} == shapes and (
-        injection.scalings(model) == {t.site.path: t.scaling for t in targets}
+def _injected_alike(model: Any, trained: Mapping[str, Any], plan: Plan) -> bool:
+    """Whether `model` holds the leaves of `plan`, with their shapes and scaling."""
+    return {path: leaf.shape for path, leaf in trained.items()} == plan.shapes and (
+        injection.scalings(model) == {t.site.path: t.scaling for t in plan.targets}
     )

@@ -5,7 +5,7 @@ version, LoRA configuration). The checkpoints of a run hold the same two and mor
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax import Array
 
-from jlora import adapter, canonical, config, injection, paths
+from jlora import canonical, config, injection, paths, targets
 from jlora.errors import JloraError
 
 SCHEMA_VERSION = 1
@@ -38,7 +38,7 @@ def save_adapter(path: str | Path, model: Any, config: config.LoraConfig) -> Non
 
     Args:
         path: appears whole or not at all.
-        model: a model that `inject` has been given.
+        model: a model that `inject` has been given; or the tree of parameters of a Linen module.
         config: the configuration that it was given.
 
     Raises:
@@ -65,12 +65,15 @@ def gather(model: Any, config: config.LoraConfig) -> StoredAdapter:
     """
     trained, _ = injection.partition(model)
     if not trained:
-        raise JloraError("the model holds no adapters: jlora.inject(model, config, rngs=...) first")
-    factors = canonical.unstack(trained, injection.stacks(model))
+        raise JloraError("the model holds no adapters: jlora.inject it first")
+    if isinstance(model, Mapping):  # a Linen tree, whose paths have no other form
+        return StoredAdapter(config=config, factors=trained, where="the tree")
+    stacks = injection.stacks(model)
+    factors = canonical.unstack(trained, stacks)
     stored = StoredAdapter(config=config, factors=factors, where="the model")
-    targets = injection.plan(model, config).targets
-    check_fits(stored, targets)
-    if injection.scalings(model) != {target.site.path: target.scaling for target in targets}:
+    plan = injection.plan(model, config)
+    check_fits(stored, plan, stacks)
+    if injection.scalings(model) != {target.site.path: target.scaling for target in plan.targets}:
         raise JloraError(
             "the model was injected with another scaling than lora_alpha = "
             f"{config.lora_alpha} and use_rslora = {config.use_rslora} say: pass the configuration "
@@ -138,17 +141,16 @@ def damage_named(path: Path) -> Iterator[None]:
         ) from error
 
 
-def check_fits(stored: StoredAdapter, targets: Sequence[adapter.Target]) -> None:
-    """Demand a factor for each targeted layer, of its shape, and no other.
+def check_fits(stored: StoredAdapter, plan: targets.Plan, stacks: Mapping[str, int]) -> None:
+    """Demand each trained leaf that the plan has, in its shape, and no other.
 
     Raises:
         JloraError: all differences at once.
     """
-    expected = {
-        f"{name}/{factor}": shape[len(target.site.batch) :]
-        for name, target in adapter.iter_names(targets)
-        for factor, shape in target.shapes.items()
-    }
+    expected: dict[str, tuple[int, ...]] = {}
+    for path, shape in plan.shapes.items():
+        layers = canonical.layer_paths(path, stacks)
+        expected |= {layer: shape if layers == [path] else shape[1:] for layer in layers}
     paths.check_same(
         expected,
         {name: tuple(factor.shape) for name, factor in stored.factors.items()},

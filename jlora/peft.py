@@ -21,6 +21,7 @@ from jlora.adapter import LORA_A, LORA_B, Site, Target
 from jlora.checkpoint import StoredAdapter, check_fits, gather
 from jlora.errors import JloraError
 from jlora.files import save_tensors
+from jlora.targets import Plan
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
@@ -73,8 +74,10 @@ def write_peft(
     Raises:
         JloraError: factors that do not fit the model and their configuration.
     """
-    targets = injection.plan(model, stored.config).targets
-    check_fits(stored, targets)
+    plan = injection.plan(model, stored.config)
+    check_exportable(plan)
+    check_fits(stored, plan, injection.stacks(model))
+    targets = plan.targets
     tensors = {_key(n): _to_torch(n, np.asarray(leaf)) for n, leaf in stored.factors.items()}
     settings = _peft_config(stored.config, targets, injection.sites(model), base_model)
     path = Path(path)
@@ -85,6 +88,24 @@ def write_peft(
         text.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         os.replace(weights, path / WEIGHTS_FILE)
         os.replace(text, path / CONFIG_FILE)
+
+
+def check_exportable(plan: Plan) -> None:
+    """Refuse what is not written in the PEFT format yet.
+
+    Raises:
+        JloraError: adapters of other layers than linear ones; biases, saved modules, token rows.
+    """
+    kinds = [f"{t.site.path} ({t.site.kind})" for t in plan.targets if t.site.kind != "linear"]
+    experts = [
+        f"{t.site.path} (experts)" for t in plan.targets if len(t.site.batch) > t.site.stacked
+    ]
+    if other := [*kinds, *experts, *plan.whole, *plan.tokens]:
+        raise JloraError(
+            f"not exported to the PEFT format yet: {', '.join(other[:10])}; adapt linear layers "
+            "alone, without bias, modules_to_save and trainable_token_indices, or keep the adapter "
+            "with jlora.save_adapter"
+        )
 
 
 def read_peft(path: str | Path) -> StoredAdapter:

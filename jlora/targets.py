@@ -12,7 +12,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from jlora.adapter import Site, Target
+from jlora.adapter import LORA_TOKENS, Site, Target
 from jlora.config import ALL_LINEAR, LoraConfig
 from jlora.errors import JloraError
 
@@ -22,17 +22,24 @@ class Plan:
     """What `inject` adapts. `str(plan)` is a table."""
 
     targets: tuple[Target, ...]
-    whole: tuple[str, ...] = ()
-    """Paths of parameters that are trained as a whole: biases, modules to save."""
+    whole: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    """Path -> shape of parameters that are trained as a whole: biases, modules to save."""
     tokens: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     """Path of an embedding -> its rows that are trained."""
-    sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    """Number of parameters of each path in `whole`, and of each in `tokens`."""
+    widths: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Path of an embedding in `tokens` -> the size of a row."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Path -> shape of every trained leaf, in the model's shape."""
+        shapes = {f"{t.site.path}/{name}": s for t in self.targets for name, s in t.shapes.items()}
+        rows = {f"{p}/{LORA_TOKENS}": (len(r), self.widths[p]) for p, r in self.tokens.items()}
+        return shapes | rows | dict(self.whole)
 
     @property
     def parameters(self) -> int:
         """Number of parameters that are trained, as PEFT counts them."""
-        return sum(t.parameters for t in self.targets) + sum(self.sizes.values())
+        return sum(map(math.prod, self.shapes.values()))
 
     def __str__(self) -> str:
         rows = [("path", "shape", "rank", "alpha", "parameters")]
@@ -40,9 +47,11 @@ class Plan:
             site = target.site
             number = (site.path, str(site.shape), str(target.r), f"{target.alpha:g}")
             rows.append((*number, f"{target.parameters:,d}"))
-        for path, size in self.sizes.items():
-            what = f"{len(self.tokens[path])} rows" if path in self.tokens else "whole"
-            rows.append((path, what, "", "", f"{size:,d}"))
+        for path, shape in self.whole.items():
+            rows.append((path, str(shape), "", "", f"{math.prod(shape):,d}"))
+        for path, picked in self.tokens.items():
+            size = len(picked) * self.widths[path]
+            rows.append((path, f"{len(picked)} rows", "", "", f"{size:,d}"))
         rows.append(("total", "", "", "", f"{self.parameters:,d}"))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join(
@@ -190,7 +199,7 @@ def plan(
     sites: Sequence[Site],
     output_head: str | None = None,
     *,
-    modules: Mapping[str, Mapping[str, int]] | None = None,
+    modules: Mapping[str, Mapping[str, tuple[int, ...]]] | None = None,
     biases: Mapping[str, str] | None = None,
     shared: Mapping[str, Sequence[str]] | None = None,
 ) -> Plan:
@@ -200,7 +209,7 @@ def plan(
         config: what to target.
         sites: all sites of the model.
         output_head: path of the output projection, which "all-linear" leaves out.
-        modules: path of each module with parameters of its own -> their names and sizes.
+        modules: path of each module with parameters of its own -> their names and shapes.
         biases: path of each site's module -> the name of its bias, where it has one.
         shared: path of a site's module -> where else its weight is used.
 
@@ -226,9 +235,9 @@ def plan(
             )
     _warn_of_ranks(targets)
     whole = {
-        f"{path}/{name}".lstrip("/"): size
-        for path, sizes in modules.items()
-        for name, size in sizes.items()
+        f"{path}/{name}".lstrip("/"): shape
+        for path, shapes in modules.items()
+        for name, shape in shapes.items()
         if (path and choice.saves(path))
         or (config.bias == "all" and "bias" in name)
         or (config.bias == "lora_only" and biases.get(path) == name
@@ -238,8 +247,7 @@ def plan(
     if not (targets or whole or tokens):
         raise JloraError("every targeted module is excluded again: nothing is left to train")
     by_path = {site.path: site for site in sites}
-    sizes = whole | {p: len(rows) * by_path[p].shape[-1] for p, rows in tokens.items()}
-    return Plan(tuple(targets), tuple(whole), tokens, sizes)
+    return Plan(tuple(targets), whole, tokens, {p: by_path[p].shape[-1] for p in tokens})
 
 
 def _warn_of_ranks(targets: Sequence[Target]) -> None:

@@ -101,6 +101,11 @@ def combine(adapters: Mapping[str, Any], base: Any) -> Any:
     return _flavour(base).combine(adapters, base)
 
 
+def boxed_like(leaves: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` in the boxes (nn.Partitioned) that `leaves` of the same paths are in."""
+    return params.boxed_like(leaves, values)
+
+
 def optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     """`tx` for the adapters in a whole tree: the base gets no state, and updates of zero.
 

@@ -21,7 +21,7 @@ from flax import linen as nn
 from flax.core import FrozenDict, meta
 
 from jlora import adapter
-from jlora.adapter import LORA_A, LORA_B, Site, Target
+from jlora.adapter import LORA_A, LORA_B, LORA_TOKENS, Site, Target
 from jlora.config import LoraConfig
 from jlora.errors import JloraError
 from jlora.injection import registry
@@ -57,7 +57,6 @@ REGISTRY: dict[type, LayerType] = {
     nn.Conv: Convolution(run=_convolve),
 }
 
-LORA_TOKENS = "lora_tokens"  # an embedding's trained rows: what is added to the base's
 LORA_ADDED = "lora_added_"  # before the name of a leaf of the base: what is added to it
 
 
@@ -307,7 +306,7 @@ def planned(model: Any, params: Any) -> Plan:
     injection: Injection = model.lora
     flat = flatten(params)
     sites: list[Site] = []
-    modules: dict[str, dict[str, int]] = {}
+    modules: dict[str, dict[str, tuple[int, ...]]] = {}
     biases: dict[str, str] = {}
     for path, site in injection.sites.items():
         leaf = flat.get(f"{path}/{site.weight}")
@@ -315,7 +314,7 @@ def planned(model: Any, params: Any) -> Plan:
     for path, leaf in flat.items():
         parent, _, name = path.rpartition("/")
         if not name.startswith("lora_"):
-            modules.setdefault(parent, {})[name] = meta.unbox(leaf).size
+            modules.setdefault(parent, {})[name] = meta.unbox(leaf).shape
             if name == "bias":
                 biases[parent] = name
     return plan(injection.config, sites, injection.head, modules=modules, biases=biases)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -113,13 +113,13 @@ def output_head(model: nnx.Module) -> str | None:
     return next((path for path in paths if path.split("/")[-1] == "lm_head"), None)
 
 
-def modules(model: nnx.Module) -> dict[str, dict[str, int]]:
-    """Path of each module that holds parameters itself -> their names and sizes."""
-    found: dict[str, dict[str, int]] = {}
+def modules(model: nnx.Module) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Path of each module that holds parameters itself -> their names and shapes."""
+    found: dict[str, dict[str, tuple[int, ...]]] = {}
     for path, variable in _variables(model, nnx.Param):
         *parents, name = map(str, path)
         if not name.startswith("lora_"):
-            found.setdefault("/".join(parents), {})[name] = variable.size
+            found.setdefault("/".join(parents), {})[name] = variable.shape
     return found
 
 
@@ -138,7 +138,7 @@ def attach(
     config: LoraConfig,
     rngs: Any,
     training: bool,
-    whole: Sequence[str],
+    whole: Iterable[str],
     tokens: Mapping[str, Sequence[int]],
 ) -> None:
     """Add factors to the targeted layers, in place; paths, sharing and isinstance stay.

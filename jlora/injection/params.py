@@ -53,3 +53,8 @@ def count(params: Any) -> tuple[int, int]:
     """(trained, all) parameters."""
     sizes = {path: meta.unbox(leaf).size for path, leaf in flatten(params).items()}
     return sum(s for p, s in sizes.items() if is_trained(p)), sum(sizes.values())
+
+
+def boxed_like(leaves: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` in the boxes that `leaves` of the same paths are in."""
+    return {path: meta.replace_boxed(leaf, values[path]) for path, leaf in leaves.items()}

@@ -234,6 +234,11 @@ class CausalLM(nnx.Module):
             )
         self.config, self.dtype = config, dtype
 
+    @property
+    def tied_weights(self) -> dict[str, str]:
+        """Path of a layer -> where else its weight is used."""
+        return {"model/embed_tokens": "the output head"} if self.config.tie_word_embeddings else {}
+
     def __call__(self, tokens: Array, mask: Array | None = None) -> Array:
         """Next-token logits.
 

@@ -83,7 +83,9 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
     if (
         settings.method == "lora"
     ):  # a target that matches nothing is known before any weight is read
-        injection.plan(load.abstract(settings.model, **options), settings.lora)
+        peft.check_exportable(
+            injection.plan(load.abstract(settings.model, **options), settings.lora)
+        )
     model: Any = load.load(settings.model, **options)
     key_init, key_dropout = jax.random.split(jax.random.key(settings.seed))
     if settings.method == "lora":
