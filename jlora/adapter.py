@@ -44,7 +44,7 @@ class Site:
     stack: str | None = None
     """Path of the module whose parameters are stacked, or None: "model/layers"."""
     weight: str = "kernel"
-    """Name of the weight in its module."""
+    """Name of the weight in its module; "" where `path` is that of the weight itself."""
     kind: Literal["linear", "embedding", "convolution"] = "linear"
     """Whether the weight is multiplied, its rows are looked up, or it slides over the input."""
 
@@ -62,6 +62,15 @@ class Site:
     def batch_shape(self) -> tuple[int, ...]:
         """Sizes of the batch axes."""
         return tuple(self.shape[i] for i in self.batch)
+
+    @property
+    def weight_path(self) -> str:
+        """Path of the weight."""
+        return f"{self.path}/{self.weight}" if self.weight else self.path
+
+    def leaf(self, name: str) -> str:
+        """Path of the site's own leaf `name`, beside the weight: of "lora_a"."""
+        return f"{self.path}/{name}" if self.weight else f"{self.path}_{name}"
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -32,7 +32,7 @@ class Plan:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Path -> shape of every trained leaf, in the model's shape."""
-        shapes = {f"{t.site.path}/{name}": s for t in self.targets for name, s in t.shapes.items()}
+        shapes = {t.site.leaf(name): s for t in self.targets for name, s in t.shapes.items()}
         rows = {f"{p}/{LORA_TOKENS}": (len(r), self.widths[p]) for p, r in self.tokens.items()}
         return shapes | rows | dict(self.whole)
 
@@ -146,8 +146,9 @@ class Choice:
                 near = _as_regex(pattern, known) or near
             elif stuck := [m for m in others if matches(m) and m not in known]:
                 near = (
-                    f"{stuck[0]} is there, but is of no type that can be adapted "
-                    "(modules_to_save trains a module as a whole)"
+                    f"{stuck[0]} is there, but is of no type that can be adapted (weights in plain "
+                    "parameters are found where `inputs` are given; modules_to_save trains a "
+                    "module as a whole)"
                 )
             problems.append(f"{field}: {pattern!r}; {near}")
         problems += self.problems
@@ -319,11 +320,14 @@ def _nearest(pattern: str, known: Sequence[str]) -> str:
 
 
 def _dotted_names(site: Site, name: str) -> tuple[str, ...]:
-    """What patterns may match for the layer called `name`: where a stack is itself the layer, its
-    path does as well.
+    """What patterns may match for the layer called `name`.
+
+    Where a stack is itself the layer, its path too; for a weight in a plain parameter, its module.
     """
-    own = name.replace("/", ".")
-    return (own, site.path.replace("/", ".")) if site.stack == site.path else (own,)
+    found = [name, site.path] if site.stack == site.path else [name]
+    if not site.weight:
+        found += [path.rpartition("/")[0] for path in found]
+    return tuple(_dotted(path) for path in found if path)
 
 
 def _dotted(path: str) -> str:

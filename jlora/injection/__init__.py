@@ -1,7 +1,7 @@
 """The model transform. Each function decides once, by type, which flavour of Flax it was given."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -16,7 +16,14 @@ from jlora.errors import JloraError
 from jlora.injection import linen, nnx, params, registry
 
 
-def inject(model: Any, config: LoraConfig, *, rngs: Any = None, training: bool = True) -> Any:
+def inject(
+    model: Any,
+    config: LoraConfig,
+    *,
+    rngs: Any = None,
+    training: bool = True,
+    inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+) -> Any:
     """Put low-rank factors beside the weights that `config` targets.
 
     Args:
@@ -35,6 +42,9 @@ def inject(model: Any, config: LoraConfig, *, rngs: Any = None, training: bool =
             key. Linen's `init` has its own.
         training: whether the adapters' dropout is on; for NNX model.train() and model.eval() switch
             it, for Linen module.clone(lora_deterministic=...).
+        inputs: for NNX models that use weights in plain parameters (jnp.einsum, `@`) rather than in
+            layers: arguments of a call, by which these uses are found; shapes
+            (jax.ShapeDtypeStruct) do. Linen's `init` has its inputs.
 
     Returns:
         NNX: the same model; Linen: the injected module.
@@ -45,7 +55,7 @@ def inject(model: Any, config: LoraConfig, *, rngs: Any = None, training: bool =
     """
     if isinstance(model, flax_linen.Module):
         return linen.inject(model, config, training)
-    checked = plan(model, config)
+    checked = plan(model, config, inputs)
     nnx.attach(model, checked.targets, config, rngs, training, checked.whole, checked.tokens)
     return model
 
@@ -175,10 +185,10 @@ def stacks(model: Any) -> dict[str, int]:
     return adapter.stacks_of(sites(model))
 
 
-def plan(model: Any, config: LoraConfig) -> targets.Plan:
+def plan(model: Any, config: LoraConfig, inputs: Any = None) -> targets.Plan:
     """What `inject` would adapt, without touching the model."""
     flavour = _flavour(model)
-    found = flavour.find_sites(model)
+    found = flavour.find_sites(model, inputs)
     if not found:
         raise JloraError(f"{type(model).__name__} holds no layer of a type that can be adapted")
     if any(not site.path for site in found):
@@ -202,14 +212,17 @@ def plan_targets(model: Any, config: LoraConfig, *args: Any, **kwargs: Any) -> t
     Args:
         model: a Flax module that is not injected yet.
         config: as for `inject`.
-        *args: for Linen, inputs of the module's `__call__`; shapes (jax.ShapeDtypeStruct) do.
-        **kwargs: for Linen, the rest of its arguments.
+        *args: inputs of the module's `__call__`; shapes (jax.ShapeDtypeStruct) do. NNX needs them
+            for weights in plain parameters only.
+        **kwargs: named ones.
 
     Raises:
         JloraError: as `inject`.
     """
     if not isinstance(model, flax_linen.Module):
-        return plan(model, config)
+        if args and kwargs:
+            raise JloraError("give the inputs of an NNX model all by position or all by name")
+        return plan(model, config, args or kwargs or None)
     injected = linen.inject(model, config, training=False)
     init = functools.partial(injected.init, **kwargs)
     variables = jax.eval_shape(init, jax.random.key(0), *args)

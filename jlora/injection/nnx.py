@@ -15,7 +15,7 @@ from jlora import adapter
 from jlora.adapter import LORA_A, LORA_B, Site, Target
 from jlora.config import LoraConfig
 from jlora.errors import JloraError
-from jlora.injection import registry
+from jlora.injection import nnx_plain, registry
 from jlora.injection.registry import Contraction, Convolution, LayerType, Lookup, general
 
 
@@ -63,8 +63,10 @@ class TrainedParam(nnx.LoRAParam):
 _KEPT = "lora_kept_"  # before the name of the attribute that holds them
 
 
-def find_sites(model: nnx.Module) -> list[Site]:
+def find_sites(model: nnx.Module, inputs: Any = None) -> list[Site]:
     """Every weight of `model` that can be adapted, in the order of the model's attributes.
+
+    With `inputs` of its call, also those in plain parameters.
 
     Axes of a weight beyond those of its layer type stack layers. A module names the attributes of
     its own that hold such stacks in `stacked_layers`, so that the names of layers on disk are those
@@ -84,7 +86,16 @@ def find_sites(model: nnx.Module) -> list[Site]:
             stack = _stack(path, shape[: site.stacked], declared)
             site = dataclasses.replace(site, stack=stack)
         sites.append(site)
+    if isinstance(model, nnx_plain.PlainModel):
+        sites += [site for site, _ in _plain(model)]
+    elif inputs is not None:
+        known = {f"{s.path}/{s.weight}" for s in sites}
+        sites += nnx_plain.find_sites(model, inputs, known)
     return sites
+
+
+def _plain(model: Any) -> tuple[tuple[Site, float], ...]:
+    return getattr(model, "lora_plain", ())
 
 
 def shared_weights(model: nnx.Module) -> dict[str, list[str]]:
@@ -155,7 +166,7 @@ def attach(
     Raises:
         JloraError: the model holds adapters already.
     """
-    if adapted(model):
+    if adapted(model) or _plain(model):
         raise JloraError(
             "the model holds adapters already: jlora.eject(model) takes them out, "
             "jlora.load_adapter replaces their values"
@@ -166,7 +177,27 @@ def attach(
     key = rngs.params()
     streams: Any = rngs.dropout if config.lora_dropout else None  # an error here changes nothing
     by_path = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
+    plainly = [target for target in targets if not target.site.weight]
+    if plainly and config.lora_dropout:
+        raise JloraError(
+            "lora_dropout is not supported at weights in plain parameters, whose inputs are the "
+            f"model's own: {', '.join(t.site.path for t in plainly[:5])}"
+        )
+    for target in plainly:
+        path, _, name = target.site.path.rpartition("/")
+        factors = adapter.init_factors(key, target, config.init_lora_weights)
+        metadata = _sharding(getattr(by_path[path], name), target.site)
+        for factor, value in factors.items():
+            parameter = nnx.LoRAParam(value, **metadata[factor])
+            setattr(by_path[path], f"{name}_{factor}", parameter)
+    if plainly:
+        root: Any = model
+        root.lora_plain = tuple((target.site, target.scaling) for target in plainly)
+        base: Any = type(model)
+        _set_class(model, nnx_plain.model_class(base))
     for target in targets:
+        if not target.site.weight:
+            continue
         module: Any = by_path[target.site.path]
         factors = adapter.init_factors(key, target, config.init_lora_weights)
         metadata = _sharding(getattr(module, target.site.weight), target.site)
@@ -244,6 +275,14 @@ def eject(model: nnx.Module) -> None:
         for name in (*module.lora_attributes, "lora_attributes"):
             delattr(module, name)
         _set_class(module, type(module).lora_base)
+    if isinstance(model, nnx_plain.PlainModel):
+        by_path = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
+        for site, _ in _plain(model):
+            path, _, name = site.path.rpartition("/")
+            for factor in (LORA_A, LORA_B):
+                delattr(by_path[path], f"{name}_{factor}")
+        delattr(model, "lora_plain")
+        _set_class(model, type(model).plain_base)
     for _, module in nnx.iter_modules(model):
         for name in [name for name in vars(module) if name.startswith(_KEPT)]:
             setattr(module, name.removeprefix(_KEPT), getattr(module, name))
@@ -261,7 +300,7 @@ def scalings(model: nnx.Module) -> dict[str, float]:
         "/".join(map(str, path)): module.lora_scaling
         for path, module in adapted(model)
         if hasattr(module, LORA_A)
-    }
+    } | {site.path: scaling for site, scaling in _plain(model)}
 
 
 def merge(model: nnx.Module) -> nnx.Module:
@@ -277,6 +316,12 @@ def merge(model: nnx.Module) -> nnx.Module:
             value = value + adapter.delta_weight(site, *factors, module.lora_scaling)
         if hasattr(module, "lora_tokens"):
             value = value.at[jnp.asarray(module.lora_token_indices)].add(module.lora_tokens[...])
+        weight.set_value(value.astype(weight.get_value().dtype))
+    leaves = {"/".join(map(str, keys)): leaf for keys, leaf in _variables(merged, nnx.Param)}
+    for site, scaling in _plain(merged):
+        a, b = (leaves[site.leaf(name)].get_value() for name in (LORA_A, LORA_B))
+        weight = leaves[site.path]
+        value = weight.get_value().astype(jnp.float32) + adapter.delta_weight(site, a, b, scaling)
         weight.set_value(value.astype(weight.get_value().dtype))
     for _, module in nnx.iter_modules(merged):
         for name in [name for name in vars(module) if name.startswith(_KEPT)]:
