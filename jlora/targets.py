@@ -251,6 +251,11 @@ def plan(
     return Plan(tuple(targets), whole, tokens, {p: by_path[p].shape[-1] for p in tokens})
 
 
+def head_among(sites: Sequence[Site]) -> str | None:
+    """Path of the site whose module is called "lm_head"."""
+    return next((s.path for s in sites if "lm_head" in s.path.split("/")[-2:]), None)
+
+
 def _warn_of_ranks(targets: Sequence[Target]) -> None:
     above = [
         f"{t.site.path} ({t.r} > {full})"

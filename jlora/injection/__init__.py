@@ -125,10 +125,8 @@ def optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
 
     def labels(tree: Any) -> Any:
         def label(path: tuple, leaf: Any) -> str:
-            names = (getattr(key, "key", getattr(key, "name", "")) for key in path)
-            trained = isinstance(leaf, flax_nnx.LoRAParam) or any(
-                str(name).startswith("lora_") for name in names
-            )
+            names = (str(getattr(key, "key", getattr(key, "name", ""))) for key in path)
+            trained = isinstance(leaf, flax_nnx.LoRAParam) or any(map(params.is_trained, names))
             return "adapters" if trained else "base"
 
         is_variable = lambda leaf: isinstance(leaf, flax_nnx.Variable)  # noqa: E731
@@ -199,7 +197,7 @@ def plan(model: Any, config: LoraConfig, inputs: Any = None) -> targets.Plan:
     return targets.plan(
         config,
         found,
-        flavour.output_head(model),
+        flavour.output_head(model) or targets.head_among(found),
         modules=flavour.modules(model),
         biases=flavour.biases(model),
         shared=flavour.shared_weights(model),

@@ -24,7 +24,7 @@ from jlora import adapter
 from jlora.adapter import LORA_A, LORA_B, LORA_TOKENS, Site, Target
 from jlora.config import LoraConfig
 from jlora.errors import JloraError
-from jlora.injection import registry
+from jlora.injection import linen_plain, registry
 from jlora.injection.params import flatten, is_trained, unflatten
 from jlora.injection.registry import Contraction, Convolution, LayerType, Lookup, general
 from jlora.targets import Choice, Plan, plan
@@ -68,6 +68,9 @@ class Injection:
     head: str | None
     sites: dict[str, Site] = dataclasses.field(default_factory=dict)
     """Those met so far, by path; a trace meets all. Of a stack, one layer's."""
+
+    attended: set[str] = dataclasses.field(default_factory=set)
+    """Paths of embeddings whose transpose is used by their own `attend`."""
 
     def __post_init__(self) -> None:
         self.choice = Choice(self.config, self.head)
@@ -163,6 +166,8 @@ def _intercepted(base: type[nn.Module], name: str) -> Callable[..., Any]:
 # Injections one of whose methods runs; calls of layers that have not returned.
 _RUNNING: ContextVar[tuple] = ContextVar("running", default=())
 _CALLS: ContextVar[tuple] = ContextVar("calls", default=())
+# Injections whose module's own init or apply runs, rather than those of a module around it.
+_OUTERMOST: ContextVar[tuple] = ContextVar("outermost", default=())
 
 
 @contextmanager
@@ -172,6 +177,21 @@ def _within(stack: ContextVar[tuple], entry: Any) -> Iterator[None]:
         yield
     finally:
         stack.reset(token)
+
+
+def _check_within_another(model: Any) -> None:
+    """What `init` checks and adds is not there for a module within another one.
+
+    Raises:
+        JloraError: the configuration needs it, or has a pattern that matches no layer.
+    """
+    config, inner = model.lora.config, list(model.lora.sites.values())
+    if config.bias != "none" or config.modules_to_save:
+        raise JloraError(
+            "bias and modules_to_save need the injected module to be the outermost: inject the "
+            "module whose init and apply are called"
+        )
+    model.lora.choice.check(inner)
 
 
 def _intercept(
@@ -202,6 +222,8 @@ def _intercept(
     shape = meta.unbox(weight).shape
     site = layer_type.site(layer, path, shape, *args, **kwargs)
     injection.sites[path] = site
+    if context.method_name == "attend":
+        injection.attended.add(path)
     target = injection.target(site)
     if target is not None:
         box = weight if isinstance(weight, meta.AxisMetadata) else None
@@ -275,11 +297,14 @@ def _outermost(base: type[nn.Module], name: str) -> Callable[..., Any]:
 
     @nn.nowrap
     @functools.wraps(own)
-    def init(self: Any, *args: Any, **kwargs: Any) -> Any:
-        out, variables = own(self, *args, **kwargs)
+    def init(self: Any, rngs: Any, *args: Any, **kwargs: Any) -> Any:
+        with _within(_OUTERMOST, self.lora):
+            out, variables = own(self, rngs, *args, **kwargs)
         params = variables.get("params", {})
+        call = functools.partial(_own_apply, self, base.apply, **kwargs)
+        linen_plain.find(self.lora, call, variables, args)
         checked = planned(self, params)
-        added = _added(checked, params)
+        added = _added(checked, params) | linen_plain.factors(self.lora, checked, rngs, params)
         if not added:
             return out, variables
         frozen = isinstance(variables, FrozenDict)
@@ -291,9 +316,19 @@ def _outermost(base: type[nn.Module], name: str) -> Callable[..., Any]:
     def apply(self: Any, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         if "params" in variables:
             variables = {**variables, "params": _effective(variables["params"])}
-        return own(self, variables, *args, **kwargs)
+        call = functools.partial(_own_apply, self, own, **kwargs)
+        return linen_plain.call(self.lora, call, variables, args)
 
     return init if name.startswith("init") else apply
+
+
+def _own_apply(
+    self: Any, own: Callable[..., Any], variables: Any, *args: Any, **kwargs: Any
+) -> Any:
+    if "method" in kwargs and kwargs["method"] in (None, "__call__"):
+        kwargs.pop("method")
+    with _within(_OUTERMOST, self.lora):
+        return own(self, variables, *args, **kwargs)
 
 
 def planned(model: Any, params: Any) -> Plan:
@@ -308,12 +343,12 @@ def planned(model: Any, params: Any) -> Plan:
     sites: list[Site] = []
     modules: dict[str, dict[str, tuple[int, ...]]] = {}
     biases: dict[str, str] = {}
-    for path, site in injection.sites.items():
-        leaf = flat.get(f"{path}/{site.weight}")
+    for site in injection.sites.values():
+        leaf = flat.get(site.weight_path)
         sites.append(site if leaf is None else stacked(site, meta.unbox(leaf).shape))
     for path, leaf in flat.items():
         parent, _, name = path.rpartition("/")
-        if not name.startswith("lora_"):
+        if not is_trained(path):
             modules.setdefault(parent, {})[name] = meta.unbox(leaf).shape
             if name == "bias":
                 biases[parent] = name
@@ -376,12 +411,10 @@ def merge(model: Any, params: Any) -> Any:
         )
     flat = flatten(_effective(params))
     for target in planned(model, params).targets:
-        site, box = target.site, flat[f"{target.site.path}/{target.site.weight}"]
-        a, b = (meta.unbox(flat[f"{site.path}/{name}"]) for name in (LORA_A, LORA_B))
+        site, box = target.site, flat[target.site.weight_path]
+        a, b = (meta.unbox(flat[site.leaf(name)]) for name in (LORA_A, LORA_B))
         update = adapter.delta_weight(site, a, b, target.scaling)
-        flat[f"{site.path}/{site.weight}"] = jax.tree.map(
-            functools.partial(_plus, update=update), box
-        )
+        flat[site.weight_path] = jax.tree.map(functools.partial(_plus, update=update), box)
     for path in [p for p in flat if p.rpartition("/")[2] == LORA_TOKENS]:
         parent = path.rpartition("/")[0]
         indices = jnp.asarray(_rows_of(model.lora.config.trainable_token_indices, parent))

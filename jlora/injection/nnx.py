@@ -89,7 +89,7 @@ def find_sites(model: nnx.Module, inputs: Any = None) -> list[Site]:
     if isinstance(model, nnx_plain.PlainModel):
         sites += [site for site, _ in _plain(model)]
     elif inputs is not None:
-        known = {f"{s.path}/{s.weight}" for s in sites}
+        known = {site.path for site in sites}
         sites += nnx_plain.find_sites(model, inputs, known)
     return sites
 
@@ -116,12 +116,9 @@ def shared_weights(model: nnx.Module) -> dict[str, list[str]]:
 
 
 def output_head(model: nnx.Module) -> str | None:
-    """Path of the output projection: the model's `output_head`, or a layer called "lm_head"."""
+    """Path of the output projection where the model says it: its `output_head`."""
     named = getattr(model, "output_head", None)
-    if isinstance(named, str):
-        return named
-    paths = ["/".join(map(str, path)) for path, _, _ in _layers(model)]
-    return next((path for path in paths if path.split("/")[-1] == "lm_head"), None)
+    return named if isinstance(named, str) else None
 
 
 def modules(model: nnx.Module) -> dict[str, dict[str, tuple[int, ...]]]:

@@ -24,13 +24,14 @@ def find_sites(
     Args:
         model: is traced, and computes nothing.
         inputs: arguments of its `__call__`: a tuple, or a mapping for named ones.
-        known: paths of parameters that are layers' own.
+        known: paths of layers, whose parameters are their own.
     """
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
     weights = {
         path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
         for keys, leaf in flat
-        if (path := "/".join(map(str, keys))) not in known and len(leaf.shape) > 1
+        if (path := "/".join(map(str, keys))).rpartition("/")[0] not in known
+        and len(leaf.shape) > 1
     }
     args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
     call: Any = type(model).__call__
@@ -44,7 +45,8 @@ def _functional(
     model: nnx.Module, names: Mapping[str, Any], method: Callable[..., Any]
 ) -> tuple[Callable[..., Any], Any]:
     """(weights, rest, *args, **kwargs) -> (result, what the call changed), and the rest."""
-    graphdef, chosen, changing, rest = nnx.split(
+    split: Any = nnx.split
+    graphdef, chosen, changing, rest = split(
         model, lambda keys, _: "/".join(map(str, keys)) in names, nnx.Not(nnx.Param), ...
     )
     order = [(keys, "/".join(map(str, keys))) for keys, _ in nnx.to_flat_state(chosen)]

@@ -20,8 +20,9 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_trained(path: str) -> bool:
-    """Whether a leaf of a tree of parameters is an adapter's."""
-    return path.rpartition("/")[2].startswith("lora_")
+    """Whether a leaf of a tree of parameters is an adapter's, by its name."""
+    name = path.rpartition("/")[2]
+    return name.startswith("lora_") or name.endswith(("_lora_a", "_lora_b"))
 
 
 @jax.tree_util.register_dataclass

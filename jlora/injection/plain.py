@@ -245,14 +245,17 @@ _RULES: dict[str, Callable[[Any, list[Any]], list[Any] | None]] = lowrank.ARRAY_
 }
 
 
+_ELEMENTWISE = {"mul", "add", "add_any", "sub", "div", "broadcast_in_dim", "return"}
+
+
 def site(path: str, shape: tuple[int, ...], uses: Sequence[Use | str]) -> Site | None:
-    """The site of a weight with these uses; None for one that is not used.
+    """The site of a weight with these uses; None for one that only scales or shifts, or is idle.
 
     A weight that is looked up is an embedding, whatever else it does. One that is used by no
     contraction alone has its last axis as the output: W + s·BA is then formed where it is used.
     """
     contractions = [use for use in uses if isinstance(use, Use)]
-    if not uses or len(shape) < 2:
+    if _ELEMENTWISE.issuperset(uses) or len(shape) < 2:  # as norms and biases do
         return None
     axes = tuple(range(len(shape)))
     if "gather" in uses:
