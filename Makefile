@@ -1,6 +1,7 @@
 # make demo    fine-tune a real language model on real data, in under 15 minutes on two cores
 # make test    the test suite
 # make lint    ruff (style and format) and mypy (types)
+# make foreign  models of other libraries, in an environment with transformers 4 and tunix
 # make parity  against transformers and PEFT, in an environment with torch
 # make bench   our training step and PEFT's in alternation, for a machine with nothing else to do
 # make bench-demo  what the demo learnt, and what PEFT learns from the same rows
@@ -9,9 +10,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PARITY := .venv-parity
+FOREIGN := .venv-foreign
 
 .NOTPARALLEL:
-.PHONY: demo test lint parity bench bench-demo format clean
+.PHONY: demo test lint foreign parity bench bench-demo format clean
 
 demo: $(VENV)/installed
 	$(BIN)/jlora fetch smollm2 --to models/smollm2
@@ -26,8 +28,12 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Nothing is skipped where something is missing: the model and the data are fetched first.
-parity: $(PARITY)/installed
+foreign: $(FOREIGN)/installed
+	$(FOREIGN)/bin/python -m pytest tests/foreign
+
+# Nothing is skipped where something is missing: the model and the data are fetched first, and what
+# `make foreign` writes is written.
+parity: $(PARITY)/installed $(if $(wildcard build/foreign/logits.npz),,foreign)
 	$(PARITY)/bin/jlora fetch smollm2 --to models/smollm2
 	$(PARITY)/bin/jlora fetch smollm2-gguf --to models/smollm2-gguf
 	$(PARITY)/bin/jlora fetch sentiment --to data/sentiment
@@ -45,7 +51,7 @@ format: $(VENV)/installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(PARITY) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(PARITY) $(FOREIGN) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 # The stamps are touched last, so that an install that failed is tried again.
 $(VENV)/installed: pyproject.toml
@@ -62,4 +68,14 @@ $(VENV)/installed-dev: pyproject.toml $(VENV)/installed
 $(PARITY)/installed: pyproject.toml
 	$(PYTHON) -m venv $(PARITY)
 	$(PARITY)/bin/python -m pip install --quiet --editable ".[test,parity]"
+	touch $@
+
+# The last transformers with Flax models is older than what jlora asks for; only its tokenizers are
+# used, and not here.
+$(FOREIGN)/installed: pyproject.toml
+	$(PYTHON) -m venv $(FOREIGN)
+	$(FOREIGN)/bin/python -m pip install --quiet transformers==4.57.6 google-tunix==0.1.7 \
+		"jax>=0.10.2" "flax>=0.12.6" "optax>=0.2.8" "orbax-checkpoint>=0.11.34" \
+		"pydantic>=2.10" "tomli-w>=1.1" "tyro>=1.0" "pytest>=8.0"
+	$(FOREIGN)/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@

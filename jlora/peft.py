@@ -50,20 +50,36 @@ def export_peft(
     model: Any,
     config: config.LoraConfig,
     *,
+    params: Any = None,
     base_model: str | None = None,
 ) -> None:
     """Write the adapters of `model` as a PEFT directory.
 
     Args:
         path: a directory; an adapter that it holds already is replaced.
-        model: a model that `inject` has been given.
+        model: a model that `inject` has been given; or an injected Linen module that has been
+            traced (by `init`, say).
         config: the configuration that it was given.
+        params: the Linen module's tree of parameters.
         base_model: name or directory of the base model, for those who load the adapter.
 
     Raises:
-        JloraError: the model holds no adapters, or others than `config` says.
+        JloraError: the model holds no adapters, or others than `config` says, or such as the
+            format has no place for.
     """
-    write_peft(path, model, gather(model, config), base_model=base_model)
+    if params is None:
+        write_peft(path, model, gather(model, config), base_model=base_model)
+        return
+    plan, sites = injection.planned(model, params)
+    if stacked := [target.site.path for target in plan.targets if target.site.stacked]:
+        raise JloraError(
+            f"layers that nn.scan stacks have no names of their own: {', '.join(stacked[:5])}; "
+            "export from the module with its layers unrolled"
+        )
+    stored = gather(params, config)
+    check_exportable(plan)
+    check_fits(stored, plan, {})
+    _write(Path(path), stored, plan, sites, base_model)
 
 
 def write_peft(
@@ -77,10 +93,14 @@ def write_peft(
     plan = injection.plan(model, stored.config)
     check_exportable(plan)
     check_fits(stored, plan, injection.stacks(model))
-    targets = plan.targets
+    _write(Path(path), stored, plan, injection.sites(model), base_model)
+
+
+def _write(
+    path: Path, stored: StoredAdapter, plan: Plan, sites: Sequence[Site], base_model: str | None
+) -> None:
     tensors = {_key(n): _to_torch(n, np.asarray(leaf)) for n, leaf in stored.factors.items()}
-    settings = _peft_config(stored.config, targets, injection.sites(model), base_model)
-    path = Path(path)
+    settings = _peft_config(stored.config, plan.targets, sites, base_model)
     path.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path) as scratch:
         weights, text = Path(scratch, WEIGHTS_FILE), Path(scratch, CONFIG_FILE)
@@ -97,6 +117,7 @@ def check_exportable(plan: Plan) -> None:
         JloraError: adapters of other layers than linear ones; biases, saved modules, token rows.
     """
     kinds = [f"{t.site.path} ({t.site.kind})" for t in plan.targets if t.site.kind != "linear"]
+    kinds += [f"{t.site.path} (plain parameter)" for t in plan.targets if not t.site.weight]
     experts = [
         f"{t.site.path} (experts)" for t in plan.targets if len(t.site.batch) > t.site.stacked
     ]

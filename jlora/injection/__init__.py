@@ -227,6 +227,21 @@ def plan_targets(model: Any, config: LoraConfig, *args: Any, **kwargs: Any) -> t
     return linen.planned(injected, variables.get("params", {}))
 
 
+def planned(model: Any, tree: Any) -> tuple[targets.Plan, list[adapter.Site]]:
+    """What an injected Linen module that has been traced adapts, and all its sites.
+
+    Args:
+        model: the injected module.
+        tree: its parameters.
+
+    Raises:
+        JloraError: another kind of model; one that has not been traced.
+    """
+    if not isinstance(model, linen.LoraModule):
+        raise JloraError(f"expected an injected Linen module, got {type(model).__name__}")
+    return linen.planned(model, tree), list(model.lora.sites.values())
+
+
 def scalings(model: Any) -> dict[str, float]:
     """Path of each adapted layer -> the factor on its low-rank product."""
     return _flavour(model).scalings(model)

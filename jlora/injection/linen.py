@@ -125,7 +125,7 @@ def _class(base: Any) -> Any:
         for name, value in vars(cls).items()
         if inspect.isfunction(value) and (name == "__call__" or not name.startswith("_"))
     }
-    body: dict[str, Any] = {name: _intercepted(base, name) for name in own if name != "setup"}
+    body: dict[str, Any] = {name: _intercepted(getattr(base, name)) for name in own if name != "setup"}
     body |= {name: _outermost(base, name) for name in ("init_with_output", "apply")}
     body |= {"__annotations__": {"lora": Any, "lora_deterministic": bool}}
     body |= {"lora": None, "lora_deterministic": True, "lora_base": base}
@@ -142,9 +142,7 @@ def _rebuild(base: Any, fields: dict[str, Any], config: LoraConfig, training: bo
     return inject(base(**fields), config, training)
 
 
-def _intercepted(base: type[nn.Module], name: str) -> Callable[..., Any]:
-    own = getattr(base, name)
-
+def _intercepted(own: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(own)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         if (
@@ -213,8 +211,8 @@ def _intercept(
     if weight is None or call["adapted"]:
         return y
     if not args:
-        bound = inspect.signature(context.orig_method).bind(layer, **kwargs)
-        args, kwargs = bound.args[1:], bound.kwargs
+        bound = inspect.signature(context.orig_method).bind(**kwargs)
+        args, kwargs = bound.args, bound.kwargs
     injection: Injection = root.lora
     if layer.path[: len(root.path)] != root.path or layer.path == root.path:
         return y  # a module that runs another by `apply` of its own: not in this one's tree
@@ -299,7 +297,7 @@ def _outermost(base: type[nn.Module], name: str) -> Callable[..., Any]:
     @functools.wraps(own)
     def init(self: Any, rngs: Any, *args: Any, **kwargs: Any) -> Any:
         with _within(_OUTERMOST, self.lora):
-            out, variables = own(self, rngs, *args, **kwargs)
+            out, variables = own(self, rngs, *args, **_with_method(kwargs))
         params = variables.get("params", {})
         call = functools.partial(_own_apply, self, base.apply, **kwargs)
         linen_plain.find(self.lora, call, variables, args)
@@ -328,7 +326,15 @@ def _own_apply(
     if "method" in kwargs and kwargs["method"] in (None, "__call__"):
         kwargs.pop("method")
     with _within(_OUTERMOST, self.lora):
-        return own(self, variables, *args, **kwargs)
+        return own(self, variables, *args, **_with_method(kwargs))
+
+
+def _with_method(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A `method` that is a function (the base class's, a lambda) runs as the module's own do."""
+    method = kwargs.get("method")
+    if method is None or isinstance(method, str):
+        return kwargs
+    return kwargs | {"method": _intercepted(getattr(method, "__func__", method))}
 
 
 def planned(model: Any, params: Any) -> Plan:
@@ -339,6 +345,11 @@ def planned(model: Any, params: Any) -> Plan:
         params: its tree of parameters, with or without factors.
     """
     injection: Injection = model.lora
+    if not injection.sites:
+        raise JloraError(
+            f"{type(model).lora_base.__name__} holds no layer of a type that can be adapted, or "
+            "has not been traced: jax.eval_shape(module.init, key, inputs) does that"
+        )
     flat = flatten(params)
     sites: list[Site] = []
     modules: dict[str, dict[str, tuple[int, ...]]] = {}
@@ -404,11 +415,6 @@ def _plus(weight: jax.Array, update: jax.Array) -> jax.Array:
 
 def merge(model: Any, params: Any) -> Any:
     """The base's tree with W + scaling * A B in place of W; `params` stays as it is."""
-    if not model.lora.sites:
-        raise JloraError(
-            "the module has not been traced, and so its layers are not known: call "
-            "jax.eval_shape(module.init, key, inputs) once before"
-        )
     flat = flatten(_effective(params))
     for target in planned(model, params).targets:
         site, box = target.site, flat[target.site.weight_path]
