@@ -86,7 +86,16 @@ class Target:
     site: Site
     r: int
     alpha: float
-    scaling: float
+    scaling: float | tuple[float, ...]
+    """The factor on the low-rank product; one for each layer where they differ."""
+    layers: tuple[tuple[int, float, float], ...] = ()
+    """Rank, alpha and scaling of each stacked layer, where they differ: rank 0 is left as it is.
+    Factors are then padded with zeros to rank `r`, where they get no gradient."""
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The rank of each of the site's layers."""
+        return tuple(r for r, _, _ in self.layers) or (self.r,) * len(self.site.names)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -99,8 +108,9 @@ class Target:
 
     @property
     def parameters(self) -> int:
-        """Number of parameters added."""
-        return sum(math.prod(shape) for shape in self.shapes.values())
+        """Number of parameters added, padding not counted."""
+        size = sum(math.prod(shape) for shape in self.shapes.values())
+        return size * sum(self.ranks) // (self.r * len(self.ranks))
 
 
 def init_factors(
@@ -121,6 +131,8 @@ def init_factors(
         lora_a (*batch, r, *in) and lora_b (*batch, r, *out).
     """
     site = target.site
+    if target.layers:
+        return _padded(key, target, init, dtype)
     names = jnp.asarray([zlib.crc32(name.encode()) for name in site.names], jnp.uint32)
     inner = site.batch_shape[site.stacked :]
     factors = _draw(
@@ -134,6 +146,19 @@ def init_factors(
         dtype,
     )
     return {name: factors[name].reshape(shape) for name, shape in target.shapes.items()}
+
+
+def _padded(key: Array, target: Target, init: bool | str, dtype: Any) -> dict[str, Array]:
+    """The factors of layers of different ranks, each as it would be in the unrolled model."""
+    factors = {name: jnp.zeros(shape, dtype) for name, shape in target.shapes.items()}
+    shape = target.site.shape[1:]
+    ins, outs = (tuple(i - 1 for i in x) for x in (target.site.contracting, target.site.output))
+    for i, (name, r) in enumerate(zip(target.site.names, target.ranks, strict=True)):
+        if r:
+            site = Site(name, shape, ins, outs, kind=target.site.kind)
+            for factor, value in init_factors(key, Target(site, r, 1, 1), init, dtype).items():
+                factors[factor] = factors[factor].at[i, :r].set(value)
+    return factors
 
 
 @functools.partial(jax.jit, static_argnums=range(2, 8))  # compiled once for all sites of a shape
@@ -224,7 +249,9 @@ def delta_rows(
     return jnp.tensordot(low, lora_b.astype(dtype), axes=1)
 
 
-def delta_weight(site: Site, lora_a: Array, lora_b: Array, scaling: float | Array) -> Array:
+def delta_weight(
+    site: Site, lora_a: Array, lora_b: Array, scaling: float | tuple[float, ...] | Array
+) -> Array:
     """Scaling * A B in the weight's shape and axis order, float32.
 
     Args:
@@ -263,7 +290,9 @@ def stacks_of(sites: Iterable[Site]) -> dict[str, int]:
 
 
 def iter_names(targets: Iterable[Target]) -> Iterator[tuple[str, Target]]:
-    """Each adapted layer's own path, with the target that it belongs to."""
+    """Each adapted layer's own path, with its own rank and scaling."""
     for target in targets:
-        for name in target.site.names:
-            yield name, target
+        own = target.layers or ((target.r, target.alpha, target.scaling),) * len(target.ranks)
+        for name, (r, alpha, scaling) in zip(target.site.names, own, strict=True):
+            if r:
+                yield name, Target(target.site, r, alpha, scaling)

@@ -1,5 +1,6 @@
 """An adapter on disk, whichever form it has: a run, an Orbax checkpoint, or a PEFT directory."""
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -83,7 +84,7 @@ def apply(stored: StoredAdapter, model: Any) -> Any:
     trained, base = injection.partition(model)
     if isinstance(model, Mapping):
         paths.check_same(
-            {path: tuple(leaf.shape) for path, leaf in trained.items()},
+            {path: leaf.shape for path, leaf in injection.unboxed(trained).items()},
             {path: tuple(leaf.shape) for path, leaf in stored.factors.items()},
             what=f"the adapter in {stored.where}",
             remedy="load it into the tree that init of the injected module returns",
@@ -94,6 +95,7 @@ def apply(stored: StoredAdapter, model: Any) -> Any:
     except JloraError as error:
         raise JloraError(f"the adapter in {stored.where} is not for this model: {error}") from None
     stacks = injection.stacks(model)
+    stored = _refactored(stored, plan.layer_shapes(stacks))
     checkpoint.check_fits(stored, plan, stacks)
     _check_base(stored, model, plan.targets)
     if not trained:
@@ -103,8 +105,18 @@ def apply(stored: StoredAdapter, model: Any) -> Any:
             "the model was injected with other targets, ranks or scaling than the adapter in "
             f"{stored.where} has; load it on a fresh model, or jlora.eject(model) first"
         )
-    injection.update(model, canonical.restack(stored.factors, stacks))
+    injection.update(model, canonical.restack(stored.factors, stacks, plan.ranks))
     return model
+
+
+def _refactored(stored: StoredAdapter, shapes: Mapping[str, tuple[int, ...]]) -> StoredAdapter:
+    """With the axes of factored weights, which the PEFT format has as one."""
+    factors = {}
+    for path, leaf in stored.factors.items():
+        shape = shapes.get(path, leaf.shape)
+        flat = leaf.shape == (shape[0], math.prod(shape[1:]))
+        factors[path] = leaf.reshape(shape) if flat else leaf
+    return dataclasses.replace(stored, factors=factors)
 
 
 def _check_base(stored: StoredAdapter, model: Any, targets: Sequence[adapter.Target]) -> None:

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 
 from jlora.errors import JloraError
 
+Ranks = Mapping[str, tuple[int, ...]]
+
 
 def layer_path(path: str, stack: str | None, index: int) -> str:
     """The path of layer `index` of a stacked path: ("a/b/c", "a", 2) -> "a/2/b/c"."""
@@ -29,21 +31,33 @@ def layer_paths(path: str, stacks: Mapping[str, int]) -> list[str]:
     return [layer_path(path, stack, i) for i in range(stacks[stack])]
 
 
-def unstack(flat: Mapping[str, Any], stacks: Mapping[str, int]) -> dict[str, Any]:
+def unstack(
+    flat: Mapping[str, Any], stacks: Mapping[str, int], ranks: Ranks | None = None
+) -> dict[str, Any]:
     """To the canonical form: per-layer paths and leaves, whatever the model's layout.
 
     Args:
         flat: path -> leaf (numpy, JAX or anything with indexing), in the model's shape.
         stacks: path of each stacked module -> number of its layers.
+        ranks: path of a leaf -> its layers' own ranks, where the leaf is padded: its layers are cut
+            to these, and those of rank 0 left out.
     """
     result = {}
     for path, leaf in flat.items():
         layers = layer_paths(path, stacks)
-        result.update({path: leaf} if layers == [path] else dict(zip(layers, leaf, strict=True)))
+        if layers == [path]:
+            result[path] = leaf
+        elif ranks and path in ranks:
+            own = zip(layers, leaf, ranks[path], strict=True)
+            result |= {layer: part[:r] for layer, part, r in own if r}
+        else:
+            result |= dict(zip(layers, leaf, strict=True))
     return result
 
 
-def restack(canonical: Mapping[str, Any], stacks: Mapping[str, int]) -> dict[str, Any]:
+def restack(
+    canonical: Mapping[str, Any], stacks: Mapping[str, int], ranks: Ranks | None = None
+) -> dict[str, Any]:
     """From the canonical form to the model's shape; the inverse of `unstack`, bit for bit.
 
     Raises:
@@ -60,10 +74,16 @@ def restack(canonical: Mapping[str, Any], stacks: Mapping[str, int]) -> dict[str
             groups.setdefault(f"{stack}/{rest}", {})[int(index)] = (leaf, stacks[stack])
     for path, layers in groups.items():
         count = next(iter(layers.values()))[1]
-        missing = [i for i in range(count) if i not in layers]
+        own = (ranks or {}).get(path)
+        missing = [i for i in range(count) if i not in layers and (own is None or own[i])]
         if missing:
             raise JloraError(f"{path}: layers {missing} of {count} are absent")
-        result[path] = jnp.stack([layers[i][0] for i in range(count)])
+        parts = {i: leaf for i, (leaf, _) in layers.items()}
+        if own is not None:
+            like = next(iter(parts.values()))
+            empty = jnp.zeros((max(own), *like.shape[1:]), like.dtype)
+            parts = {i: empty.at[: own[i]].set(parts[i]) if own[i] else empty for i in range(count)}
+        result[path] = jnp.stack([parts[i] for i in range(count)])
     return result
 
 

@@ -67,11 +67,10 @@ def gather(model: Any, config: config.LoraConfig) -> StoredAdapter:
     if not trained:
         raise JloraError("the model holds no adapters: jlora.inject it first")
     if isinstance(model, Mapping):  # a Linen tree, whose paths have no other form
-        return StoredAdapter(config=config, factors=trained, where="the tree")
-    stacks = injection.stacks(model)
-    factors = canonical.unstack(trained, stacks)
+        return StoredAdapter(config=config, factors=injection.unboxed(trained), where="the tree")
+    stacks, plan = injection.stacks(model), injection.plan(model, config)
+    factors = canonical.unstack(trained, stacks, plan.ranks)
     stored = StoredAdapter(config=config, factors=factors, where="the model")
-    plan = injection.plan(model, config)
     check_fits(stored, plan, stacks)
     if injection.scalings(model) != {target.site.path: target.scaling for target in plan.targets}:
         raise JloraError(
@@ -147,12 +146,8 @@ def check_fits(stored: StoredAdapter, plan: targets.Plan, stacks: Mapping[str, i
     Raises:
         JloraError: all differences at once.
     """
-    expected: dict[str, tuple[int, ...]] = {}
-    for path, shape in plan.shapes.items():
-        layers = canonical.layer_paths(path, stacks)
-        expected |= {layer: shape if layers == [path] else shape[1:] for layer in layers}
     paths.check_same(
-        expected,
+        plan.layer_shapes(stacks),
         {name: tuple(factor.shape) for name, factor in stored.factors.items()},
         what=f"the adapter in {stored.where}",
         remedy="it was trained on another model, or its configuration was edited",

@@ -4,9 +4,11 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ usage: jlora COMMAND [flags]        jlora COMMAND --help lists a command's flags
   generate --model DIR --prompt TEXT
                                     answer prompts
   export --run RUN --to DIR         write a run's newest checkpoint as a PEFT adapter
+  inspect --model DIR               show what the --lora flags adapt; with --model-config FILE, of a
+                                    config.json without weights
 """
 
 # Imports stand inside the commands, each of which needs only some of the package.
@@ -125,6 +129,54 @@ def export(settings: config.ExportConfig) -> None:
     print(f"wrote {settings.to}")
 
 
+def inspect(settings: config.InspectConfig) -> None:
+    """Print what would be trained: path, shape, rank, alpha and parameters; and PEFT's summary."""
+    from jlora import injection
+    from jlora.models import load
+
+    given = settings.model or settings.model_config
+    assert given is not None  # the settings see to it
+    model = load.abstract(given)
+    plan = injection.plan(model, settings.lora)
+    print(plan if settings.all_layers else compact(plan))
+    _, base = injection.count(model)
+    print(injection.summary_line(plan.parameters, base + plan.parameters))
+
+
+def compact(plan: Any) -> str:
+    """The table of a plan with one row for all layers that differ in nothing but their index."""
+    cells = [
+        (t.site.path, str(t.site.shape), str(t.r), f"{t.alpha:g}", t.parameters)
+        for t in plan.targets
+    ]
+    cells += [(path, str(shape), "", "", math.prod(shape)) for path, shape in plan.whole.items()]
+    for path, picked in plan.tokens.items():
+        cells.append((path, f"{len(picked)} rows", "", "", len(picked) * plan.widths[path]))
+    groups: dict[tuple, list[int]] = {}
+    for path, *rest in cells:
+        before, *index, after = ["", *re.split(r"(?:^|(?<=/))(\d+)(?=/|$)", path, maxsplit=1)][-3:]
+        groups.setdefault((before, after, *rest), []).extend(map(int, index))
+    rows = [("path", "shape", "rank", "alpha", "parameters")]
+    for (before, after, *rest, size), layers in groups.items():
+        times = f"{len(layers)} × " if len(layers) > 1 else ""
+        rows.append((before + _ranges(layers) + after, *rest, f"{times}{size:,d}"))
+    rows.append(("total", "", "", "", f"{plan.parameters:,d}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (zip(row, widths, (str.ljust,) * 2 + (str.rjust,) * 3, strict=True) for row in rows)
+    return "\n".join("  ".join(pad(cell, width) for cell, width, pad in line) for line in lines)
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """[0, 1, 2, 5] to "0-2,5"."""
+    runs: list[list[int]] = []
+    for n in sorted(numbers):
+        if runs and runs[-1][-1] == n - 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "fetch": (config.FetchConfig, fetch),
     "convert": (config.ConvertConfig, convert),
@@ -132,6 +184,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "eval": (config.EvaluateConfig, evaluate),
     "generate": (config.GenerateConfig, generate),
     "export": (config.ExportConfig, export),
+    "inspect": (config.InspectConfig, inspect),
 }
 
 

@@ -1,6 +1,7 @@
 """Frozen configurations: the only home of defaults. Unknown keys are errors that suggest a name."""
 
 import dataclasses
+import functools
 import math
 import tomllib
 from collections.abc import Mapping
@@ -13,6 +14,8 @@ from tyro.conf import Positional
 from jlora.errors import JloraError, nearest
 
 ALL_LINEAR = "all-linear"
+
+C = TypeVar("C")
 
 
 class _Strict:
@@ -30,12 +33,48 @@ def _check_least(config: Any, least: Mapping[str, float]) -> None:
         raise JloraError("; ".join(problems))
 
 
+# Settings of PEFT's LoraConfig that jlora doesn't have, and what they are where they do nothing.
+_PEFT_ONLY: dict[str, Any] = {
+    "alora_invocation_tokens": None, "arrow_config": None, "corda_config": None,
+    "ensure_weight_tying": False, "eva_config": None, "fan_in_fan_out": False,
+    "layer_replication": None, "layers_pattern": None, "loftq_config": {}, "lora_bias": False,
+    "lora_ga_config": None, "megatron_config": None, "megatron_core": "megatron.core",
+    "target_parameters": None, "use_bdlora": None, "use_dora": False, "use_qalora": False,
+}  # fmt: skip
+
+
+def _names_strangers(cls: type[C]) -> type[C]:
+    """Let a dataclass say what is wrong with arguments that it has no field for.
+
+    Settings of PEFT that are at their default are passed over.
+    """
+    original: Any = cls.__init__
+    known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+
+    @functools.wraps(original)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        problems = []
+        for name in [name for name in kwargs if name not in known]:
+            value = kwargs.pop(name)
+            if name not in _PEFT_ONLY:
+                problems.append(f"unknown field {name!r}{nearest(name, known)}")
+            elif value != _PEFT_ONLY[name]:
+                problems.append(f"PEFT's {name} = {value!r} is not supported yet")
+        if problems:
+            raise JloraError(f"{cls.__name__}: " + "; ".join(problems))
+        original(self, *args, **kwargs)
+
+    cls.__init__ = init  # type: ignore[method-assign]
+    return cls
+
+
 _TUPLES = (
     "target_modules", "exclude_modules", "layers_to_transform", "modules_to_save",
     "trainable_token_indices",
 )  # fmt: skip
 
 
+@_names_strangers
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig(_Strict):
     """Which layers get low-rank factors, and how large. Names and meanings are PEFT's.
@@ -301,7 +340,25 @@ class ExportConfig(_Strict):
     """Directory to write; must not hold an adapter yet."""
 
 
-C = TypeVar("C")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InspectConfig(_Strict):
+    """Show what a LoRA configuration adapts in a model, of which no weights are read."""
+
+    model: Path | None = None
+    """Hugging Face model directory."""
+    model_config: Path | None = None
+    """A Hugging Face config.json alone."""
+    all_layers: bool = False
+    """A row for each layer; otherwise layers that are alike share one."""
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+
+    def __post_init__(self) -> None:
+        if (self.model is None) == (self.model_config is None):
+            given = "neither was" if self.model is None else "both were"
+            raise JloraError(
+                "inspect takes one of --model DIR (a Hugging Face model directory) and "
+                f"--model-config FILE (a config.json alone, no weights needed); {given} given"
+            )
 
 
 def read_toml(file: Path) -> dict[str, Any]:

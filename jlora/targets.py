@@ -12,6 +12,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from jlora import canonical
 from jlora.adapter import LORA_TOKENS, Site, Target
 from jlora.config import ALL_LINEAR, LoraConfig
 from jlora.errors import JloraError
@@ -37,15 +38,42 @@ class Plan:
         return shapes | rows | dict(self.whole)
 
     @property
+    def ranks(self) -> dict[str, tuple[int, ...]]:
+        """Path of each factor that is padded -> its layers' own ranks."""
+        return {t.site.leaf(name): t.ranks for t in self.targets if t.layers for name in t.shapes}
+
+    def layer_shapes(self, stacks: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+        """Canonical path -> shape of every trained leaf.
+
+        Args:
+            stacks: path of each stacked module -> number of its layers.
+        """
+        result = {}
+        for path, shape in self.shapes.items():
+            layers = canonical.layer_paths(path, stacks)
+            own = self.ranks.get(path)
+            if layers == [path]:
+                result[path] = shape
+            elif own is None:
+                result |= dict.fromkeys(layers, shape[1:])
+            else:
+                result |= {x: (r, *shape[2:]) for x, r in zip(layers, own, strict=True) if r}
+        return result
+
+    @property
     def parameters(self) -> int:
         """Number of parameters that are trained, as PEFT counts them."""
-        return sum(map(math.prod, self.shapes.values()))
+        rest = sum(len(rows) * self.widths[path] for path, rows in self.tokens.items())
+        rest += sum(map(math.prod, self.whole.values()))
+        return sum(target.parameters for target in self.targets) + rest
 
     def __str__(self) -> str:
         rows = [("path", "shape", "rank", "alpha", "parameters")]
         for target in self.targets:
             site = target.site
-            number = (site.path, str(site.shape), str(target.r), f"{target.alpha:g}")
+            rank = "/".join(map(str, sorted({r for r in target.ranks if r})))
+            alpha = "/".join(f"{a:g}" for a in sorted({a for r, a, _ in target.layers if r}))
+            number = (site.path, str(site.shape), rank, alpha or f"{target.alpha:g}")
             rows.append((*number, f"{target.parameters:,d}"))
         for path, shape in self.whole.items():
             rows.append((path, str(shape), "", "", f"{math.prod(shape):,d}"))
@@ -102,26 +130,28 @@ class Choice:
         parts = name.split("/")
         return any(self.saved(".".join(parts[:n])) for n in range(1, len(parts) + 1))
 
-    def target(self, site: Site, names: Sequence[str]) -> Target:
-        """The rank and scaling of a site whose layers `names` are adapted.
+    def target(self, site: Site) -> Target | None:
+        """How the site is adapted, or None.
 
         Raises:
-            JloraError: they are not all of a stack's layers, or differ.
+            JloraError: experts in layers that differ in rank.
         """
         c = self.config
-        settings = {
-            (self._ranks(named, c.r), self._alphas(named, c.lora_alpha))
-            for named in (_dotted_names(site, name) for name in names)
-        }
-        count = len(site.names)
-        if len(names) < count or len(settings) > 1:
-            raise JloraError(
-                f"{site.path} stacks {count} layers, of which {len(names)} are targeted with "
-                f"(rank, alpha) in {sorted(settings)}: a stack needs all its layers, alike; load "
-                "the model unrolled (scan_layers=False) to treat layers differently"
-            )
-        r, alpha = settings.pop()
-        return Target(site, r, alpha, c.scaling(r, alpha))
+        own: list[tuple[int, float, float]] = []
+        for name in site.names:
+            if self.takes(site, name):
+                names = _dotted_names(site, name)
+                r, alpha = self._ranks(names, c.r), self._alphas(names, c.lora_alpha)
+                own.append((r, alpha, c.scaling(r, alpha)))
+            else:
+                own.append((0, 0.0, 0.0))
+        if len(set(own)) == 1:
+            r, alpha, scaling = own[0]
+            return Target(site, r, alpha, scaling) if r else None
+        if len(site.batch) > 1:
+            raise JloraError(f"{site.path}: stacked layers of experts must all be adapted alike")
+        r, alpha, _ = max(own)
+        return Target(site, r, alpha, tuple(s for _, _, s in own), tuple(own))
 
     def check(self, sites: Sequence[Site], modules: Iterable[str] = ()) -> None:
         """Demand that each pattern matches something.
@@ -215,19 +245,13 @@ def plan(
         shared: path of a site's module -> where else its weight is used.
 
     Raises:
-        JloraError: a pattern or layer that matches nothing, with the nearest names; a stack of
-            layers that would be adapted only in part or with different ranks; a weight that is used
-            elsewhere too.
+        JloraError: a pattern or layer that matches nothing, with the nearest names; a weight that
+            is used elsewhere too.
     """
     modules, biases = modules or {}, biases or {}
     choice = Choice(config, output_head)
     choice.check(sites, modules)
-    targets = []
-    for site in sites:
-        taken = [name for name in site.names if choice.takes(site, name)]
-        if not taken:
-            continue
-        targets.append(choice.target(site, taken))
+    targets = [target for site in sites if (target := choice.target(site)) is not None]
     for target in targets:
         if uses := (shared or {}).get(target.site.path):
             raise JloraError(

@@ -13,7 +13,10 @@ PACKAGE = Path(jlora.__file__).parent
 # A module imports only from modules above it in this list.
 LAYERS = [
     "errors files paths config canonical adapter targets",
-    "injection.registry injection.lowrank injection.plain injection.params injection.nnx_plain injection.nnx injection.linen_plain injection.linen injection",
+    "injection.registry injection.lowrank injection.plain",
+    "injection.nnx_tree injection.nnx_plain injection.nnx",
+    "injection.params injection.linen_tree injection.linen_plain injection.linen",
+    "injection",
     "models models.attention models.transformer models.families models.load models.gguf",
     "fetch checkpoint peft adapters",
     "data data.records data.source data.chat data.batching",

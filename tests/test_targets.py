@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 import jlora
-from jlora import injection, targets
+from jlora import adapter, injection, targets
 from jlora.adapter import Site, Target, layer_path
 from jlora.config import LoraConfig
 from jlora.errors import JloraError
@@ -184,17 +184,23 @@ def test_every_pattern_that_matches_nothing_is_named_with_its_nearest() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    "config",
     [
-        ({"layers_to_transform": (1, 3)}, r"12 layers, of which 2 are targeted .* \[\(8, 8\)\]"),
-        ({"rank_pattern": {r"layers\.1\..*": 4}}, r"of which 12 .* \[\(4, 8\), \(8, 8\)\]"),
-        ({"alpha_pattern": {r"layers\.1\..*": 4}}, r"of which 12 .* \[\(8, 4\), \(8, 8\)\]"),
+        {"layers_to_transform": (1, 3)},
+        {"rank_pattern": {r"layers\.1\..*": 2}},
+        {"alpha_pattern": {r"layers\.1\..*": 4}},
+        {"exclude_modules": r".*layers\.(1|5)\..*", "rank_pattern": {"q_proj": 3}},
     ],
-)  # fmt: skip
-def test_a_stack_is_adapted_as_a_whole_or_not_at_all(config: dict, message: str) -> None:
-    chosen(UNROLLED, **config)
-    with pytest.raises(JloraError, match=message + r".*: a stack .* \(scan_layers=False\)"):
-        chosen(STACKED, **config)
+)
+def test_layers_of_a_stack_are_told_apart_as_in_the_unrolled_model(config: dict) -> None:
+    def each(model: list) -> dict:
+        plan = targets.plan(LoraConfig(r=4, **config), [*model, HEAD], "lm_head")
+        names = adapter.iter_names(plan.targets)
+        return {n: (t.r, t.alpha, t.scaling) for n, t in names}, plan.parameters
+
+    unrolled, stacked = each(UNROLLED), each(STACKED)
+    assert stacked == unrolled
+    assert len(set(unrolled[0].values())) > 1 or len(unrolled[0]) < len(UNROLLED)
 
 
 def test_nothing_left() -> None:

@@ -6,6 +6,7 @@ from types import ModuleType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import linen as flax_linen
 from flax import nnx as flax_nnx
@@ -13,7 +14,7 @@ from flax import nnx as flax_nnx
 from jlora import adapter, targets
 from jlora.config import LoraConfig
 from jlora.errors import JloraError
-from jlora.injection import linen, nnx, params, registry
+from jlora.injection import linen, linen_tree, nnx, nnx_tree, params, registry
 
 
 def inject(
@@ -83,7 +84,7 @@ def merge(model: Any, variables: Any = None) -> Any:
         injected.
     """
     if isinstance(model, linen.LoraModule):
-        return linen.merge(model, variables)
+        return linen_tree.merge(model, variables)
     return _flavour(model).merge(model)
 
 
@@ -101,14 +102,23 @@ def partition(model: Any, *, everything: bool = False) -> tuple[dict[str, Any], 
     """
     if isinstance(model, Mapping):
         return params.partition(model)
-    return _flavour(model).partition(model, everything)
+    return _tree(model).partition(model, everything)
 
 
 def combine(adapters: Mapping[str, Any], base: Any) -> Any:
-    """The model or tree made of `adapters` and `base`, as `partition` gave them, without copies."""
-    if isinstance(base, params.LinenBase):
+    """The model or tree made of `adapters` and `base`, as `partition` gave them, without copies.
+
+    For Linen `base` may also be a tree of parameters: pretrained ones, say, that get the adapters
+    which `init` of the injected module made.
+    """
+    if isinstance(base, params.LinenBase | Mapping):
         return params.combine(adapters, base)
-    return _flavour(base).combine(adapters, base)
+    return _tree(base).combine(adapters, base)
+
+
+def unboxed(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The arrays in boxes (nn.Partitioned)."""
+    return params.unboxed(leaves)
 
 
 def boxed_like(leaves: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,7 +142,11 @@ def optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
         is_variable = lambda leaf: isinstance(leaf, flax_nnx.Variable)  # noqa: E731
         return jax.tree_util.tree_map_with_path(label, tree, is_leaf=is_variable)
 
-    return optax.partition({"adapters": tx, "base": optax.set_to_zero()}, labels)
+    # Not +0: that would turn a weight of -0 into +0, and no bit of the base may change.
+    nothing = optax.stateless(
+        lambda updates, _: jax.tree.map(lambda x: -jnp.zeros_like(x), updates)
+    )
+    return optax.partition({"adapters": tx, "base": nothing}, labels)
 
 
 def register(layer: type, *, weight: str, equation: Any, bias: str | None = None) -> None:
@@ -160,17 +174,17 @@ def register(layer: type, *, weight: str, equation: Any, bias: str | None = None
 
 def train_mode(model: Any, key: Any) -> None:
     """Turn dropout on, in place, with draws that follow from `key`."""
-    _flavour(model).train_mode(model, key)
+    _tree(model).train_mode(model, key)
 
 
 def eval_mode(model: Any) -> None:
     """Turn dropout off, in place."""
-    _flavour(model).eval_mode(model)
+    _tree(model).eval_mode(model)
 
 
 def update(model: Any, adapters: Mapping[str, Any]) -> None:
     """Set the values of leaves by path, in place, in each leaf's own dtype."""
-    _flavour(model).update(model, adapters)
+    _tree(model).update(model, adapters)
 
 
 def sites(model: Any) -> list[adapter.Site]:
@@ -224,7 +238,7 @@ def plan_targets(model: Any, config: LoraConfig, *args: Any, **kwargs: Any) -> t
     injected = linen.inject(model, config, training=False)
     init = functools.partial(injected.init, **kwargs)
     variables = jax.eval_shape(init, jax.random.key(0), *args)
-    return linen.planned(injected, variables.get("params", {}))
+    return linen_tree.planned(injected, variables.get("params", {}))
 
 
 def planned(model: Any, tree: Any) -> tuple[targets.Plan, list[adapter.Site]]:
@@ -239,10 +253,10 @@ def planned(model: Any, tree: Any) -> tuple[targets.Plan, list[adapter.Site]]:
     """
     if not isinstance(model, linen.LoraModule):
         raise JloraError(f"expected an injected Linen module, got {type(model).__name__}")
-    return linen.planned(model, tree), list(model.lora.sites.values())
+    return linen_tree.planned(model, tree), list(model.lora.sites.values())
 
 
-def scalings(model: Any) -> dict[str, float]:
+def scalings(model: Any) -> dict[str, float | tuple[float, ...]]:
     """Path of each adapted layer -> the factor on its low-rank product."""
     return _flavour(model).scalings(model)
 
@@ -251,7 +265,7 @@ def count(model: Any) -> tuple[int, int]:
     """(trainable, all) parameters; a shared weight counts once."""
     if isinstance(model, Mapping):
         return params.count(model)
-    return _flavour(model).count(model)
+    return _tree(model).count(model)
 
 
 def summary(model: Any) -> str:
@@ -267,8 +281,14 @@ def summary_line(trainable: int, total: int) -> str:
     )
 
 
+def _tree(model: Any) -> ModuleType:
+    """The module that reads `model` as a tree."""
+    _flavour(model)
+    return nnx_tree
+
+
 def _flavour(model: Any) -> ModuleType:
-    if isinstance(model, flax_nnx.Module | nnx.NnxBase):
+    if isinstance(model, flax_nnx.Module | nnx_tree.NnxBase):
         return nnx
     if hasattr(model, "module") and hasattr(model, "params"):
         raise JloraError(f"{type(model).__name__} wraps a Flax module: pass its .module")

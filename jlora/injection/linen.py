@@ -18,16 +18,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.core import FrozenDict, meta
+from flax.core import DenyList, FrozenDict, meta
 
 from jlora import adapter
 from jlora.adapter import LORA_A, LORA_B, LORA_TOKENS, Site, Target
 from jlora.config import LoraConfig
 from jlora.errors import JloraError
 from jlora.injection import linen_plain, registry
-from jlora.injection.params import flatten, is_trained, unflatten
+from jlora.injection.linen_tree import added, effective, planned, rows_of
+from jlora.injection.params import flatten, unflatten
 from jlora.injection.registry import Contraction, Convolution, LayerType, Lookup, general
-from jlora.targets import Choice, Plan, plan
+from jlora.targets import Choice
 
 
 def _tuple(value: int | Iterable[int]) -> tuple[int, ...]:
@@ -57,8 +58,6 @@ REGISTRY: dict[type, LayerType] = {
     nn.Conv: Convolution(run=_convolve),
 }
 
-LORA_ADDED = "lora_added_"  # before the name of a leaf of the base: what is added to it
-
 
 @dataclasses.dataclass(eq=False)
 class Injection:
@@ -77,7 +76,7 @@ class Injection:
 
     def target(self, site: Site) -> Target | None:
         """How the site is adapted, or None."""
-        return self.choice.target(site, [site.path]) if self.choice.takes(site, site.path) else None
+        return self.choice.target(site)
 
 
 def inject(model: nn.Module, config: LoraConfig, training: bool) -> nn.Module:
@@ -125,7 +124,9 @@ def _class(base: Any) -> Any:
         for name, value in vars(cls).items()
         if inspect.isfunction(value) and (name == "__call__" or not name.startswith("_"))
     }
-    body: dict[str, Any] = {name: _intercepted(getattr(base, name)) for name in own if name != "setup"}
+    body: dict[str, Any] = {
+        name: _intercepted(getattr(base, name)) for name in own if name != "setup"
+    }
     body |= {name: _outermost(base, name) for name in ("init_with_output", "apply")}
     body |= {"__annotations__": {"lora": Any, "lora_deterministic": bool}}
     body |= {"lora": None, "lora_deterministic": True, "lora_base": base}
@@ -238,19 +239,12 @@ def _intercept(
         )
     rows = injection.choice.config.trainable_token_indices
     if rows and site.kind == "embedding":
-        indices = _rows_of(rows, path)
+        indices = rows_of(rows, path)
         if indices:
             size = (len(indices), shape[-1])
             trained = _param(layer, LORA_TOKENS, lambda key: jnp.zeros(size, jnp.float32))
             y = y + registry.token_term(context.method_name, args[0], indices, trained, y)
     return y
-
-
-def _rows_of(rows: Any, path: str) -> tuple[int, ...]:
-    if not isinstance(rows, Mapping):
-        return tuple(rows)
-    dotted = path.replace("/", ".")
-    return next((tuple(v) for k, v in rows.items() if f".{dotted}".endswith("." + k)), ())
 
 
 def _factors(layer: Any, target: Target, config: LoraConfig, box: Any) -> tuple[Any, ...]:
@@ -299,21 +293,21 @@ def _outermost(base: type[nn.Module], name: str) -> Callable[..., Any]:
         with _within(_OUTERMOST, self.lora):
             out, variables = own(self, rngs, *args, **_with_method(kwargs))
         params = variables.get("params", {})
-        call = functools.partial(_own_apply, self, base.apply, **kwargs)
+        call = functools.partial(_own_apply, self, base.apply, **_as_apply(rngs, kwargs))
         linen_plain.find(self.lora, call, variables, args)
         checked = planned(self, params)
-        added = _added(checked, params) | linen_plain.factors(self.lora, checked, rngs, params)
-        if not added:
+        extra = added(checked, params) | linen_plain.factors(self.lora, checked, rngs, params)
+        if not extra:
             return out, variables
         frozen = isinstance(variables, FrozenDict)
-        variables = {**variables, "params": unflatten({**flatten(params), **added})}
+        variables = {**variables, "params": unflatten({**flatten(params), **extra})}
         return out, FrozenDict(variables) if frozen else variables
 
     @nn.nowrap
     @functools.wraps(own)
     def apply(self: Any, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         if "params" in variables:
-            variables = {**variables, "params": _effective(variables["params"])}
+            variables = {**variables, "params": effective(variables["params"])}
         call = functools.partial(_own_apply, self, own, **kwargs)
         return linen_plain.call(self.lora, call, variables, args)
 
@@ -329,103 +323,19 @@ def _own_apply(
         return own(self, variables, *args, **_with_method(kwargs))
 
 
+def _as_apply(rngs: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of an `apply` to look at in place of `init`: whatever draws may, also dropout, and
+    the result does not have the parameters.
+    """
+    streams = dict(rngs) if isinstance(rngs, Mapping) else {"params": rngs}
+    keys = {n: jax.random.key(k) if isinstance(k, int) else k for n, k in streams.items()}
+    keys.setdefault("dropout", next(iter(keys.values())))
+    return kwargs | {"rngs": keys, "mutable": DenyList("params")}
+
+
 def _with_method(kwargs: dict[str, Any]) -> dict[str, Any]:
     """A `method` that is a function (the base class's, a lambda) runs as the module's own do."""
     method = kwargs.get("method")
     if method is None or isinstance(method, str):
         return kwargs
     return kwargs | {"method": _intercepted(getattr(method, "__func__", method))}
-
-
-def planned(model: Any, params: Any) -> Plan:
-    """The plan of an injected module whose layers have been traced.
-
-    Args:
-        model: the injected module.
-        params: its tree of parameters, with or without factors.
-    """
-    injection: Injection = model.lora
-    if not injection.sites:
-        raise JloraError(
-            f"{type(model).lora_base.__name__} holds no layer of a type that can be adapted, or "
-            "has not been traced: jax.eval_shape(module.init, key, inputs) does that"
-        )
-    flat = flatten(params)
-    sites: list[Site] = []
-    modules: dict[str, dict[str, tuple[int, ...]]] = {}
-    biases: dict[str, str] = {}
-    for site in injection.sites.values():
-        leaf = flat.get(site.weight_path)
-        sites.append(site if leaf is None else stacked(site, meta.unbox(leaf).shape))
-    for path, leaf in flat.items():
-        parent, _, name = path.rpartition("/")
-        if not is_trained(path):
-            modules.setdefault(parent, {})[name] = meta.unbox(leaf).shape
-            if name == "bias":
-                biases[parent] = name
-    return plan(injection.config, sites, injection.head, modules=modules, biases=biases)
-
-
-def stacked(site: Site, shape: tuple[int, ...]) -> Site:
-    """One layer's site, with the leading axes that nn.scan and nn.vmap have given its weight."""
-    extra = len(shape) - len(site.shape)
-    if shape[extra:] != site.shape:
-        raise JloraError(
-            f"{site.path}: layers are stacked on another axis than the first (one layer's weight "
-            f"is {site.shape}, the stack's {shape}); let variable_axes say {{'params': 0}}"
-        )
-    return dataclasses.replace(
-        site,
-        shape=shape,
-        contracting=tuple(i + extra for i in site.contracting),
-        output=tuple(i + extra for i in site.output),
-        batch=(*range(extra), *(i + extra for i in site.batch)),
-        stacked=extra,
-        stack=site.path if extra else None,
-    )
-
-
-def _added(checked: Plan, params: Any) -> dict[str, Any]:
-    flat = flatten(params)
-    added = {}
-    for path in checked.whole:
-        parent, _, name = path.rpartition("/")
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), flat[path])
-        added[f"{parent}/{LORA_ADDED}{name}".lstrip("/")] = zeros
-    return added
-
-
-def _effective(params: Any) -> Any:
-    """The parameters with what is added to whole leaves added, and those leaves gone."""
-    flat = flatten(params)
-    added = {p: v for p, v in flat.items() if p.rpartition("/")[2].startswith(LORA_ADDED)}
-    if not added:
-        return params
-    for path, more in added.items():
-        del flat[path]
-        parent, _, name = path.rpartition("/")
-        whole = f"{parent}/{name.removeprefix(LORA_ADDED)}".lstrip("/")
-        flat[whole] = jax.tree.map(_plus, flat[whole], more)
-    return unflatten(flat)
-
-
-def _plus(weight: jax.Array, update: jax.Array) -> jax.Array:
-    return (weight.astype(jnp.float32) + update).astype(weight.dtype)
-
-
-def merge(model: Any, params: Any) -> Any:
-    """The base's tree with W + scaling * A B in place of W; `params` stays as it is."""
-    flat = flatten(_effective(params))
-    for target in planned(model, params).targets:
-        site, box = target.site, flat[target.site.weight_path]
-        a, b = (meta.unbox(flat[site.leaf(name)]) for name in (LORA_A, LORA_B))
-        update = adapter.delta_weight(site, a, b, target.scaling)
-        flat[site.weight_path] = jax.tree.map(functools.partial(_plus, update=update), box)
-    for path in [p for p in flat if p.rpartition("/")[2] == LORA_TOKENS]:
-        parent = path.rpartition("/")[0]
-        indices = jnp.asarray(_rows_of(model.lora.config.trainable_token_indices, parent))
-        where, rows = f"{parent}/{model.lora.sites[parent].weight}", meta.unbox(flat[path])
-        change = jnp.zeros(meta.unbox(flat[where]).shape, jnp.float32).at[..., indices, :].add(rows)
-        flat[where] = jax.tree.map(functools.partial(_plus, update=change), flat[where])
-    tree = unflatten({path: leaf for path, leaf in flat.items() if not is_trained(path)})
-    return FrozenDict(tree) if isinstance(params, FrozenDict) else tree

@@ -16,6 +16,7 @@ from jlora.adapter import LORA_A, LORA_B, Site, Target
 from jlora.config import LoraConfig
 from jlora.errors import JloraError
 from jlora.injection import nnx_plain, registry
+from jlora.injection.nnx_tree import KEPT, variables
 from jlora.injection.registry import Contraction, Convolution, LayerType, Lookup, general
 
 
@@ -60,7 +61,8 @@ class TrainedParam(nnx.LoRAParam):
     """A parameter of the base that is trained as a whole; its first values stay beside it."""
 
 
-_KEPT = "lora_kept_"  # before the name of the attribute that holds them
+class LoraScaling(nnx.Variable):
+    """The scaling of each stacked layer, float32 (layers,), where they differ."""
 
 
 def find_sites(model: nnx.Module, inputs: Any = None) -> list[Site]:
@@ -124,7 +126,7 @@ def output_head(model: nnx.Module) -> str | None:
 def modules(model: nnx.Module) -> dict[str, dict[str, tuple[int, ...]]]:
     """Path of each module that holds parameters itself -> their names and shapes."""
     found: dict[str, dict[str, tuple[int, ...]]] = {}
-    for path, variable in _variables(model, nnx.Param):
+    for path, variable in variables(model, nnx.Param):
         *parents, name = map(str, path)
         if not name.startswith("lora_"):
             found.setdefault("/".join(parents), {})[name] = variable.shape
@@ -201,7 +203,11 @@ def attach(
         with _Added(module):
             module.lora_a = nnx.LoRAParam(factors[LORA_A], **metadata[LORA_A])
             module.lora_b = nnx.LoRAParam(factors[LORA_B], **metadata[LORA_B])
-            module.lora_scaling = target.scaling
+            if target.layers:
+                module.lora_scaling = LoraScaling(jnp.asarray(target.scaling, jnp.float32))
+                module.lora_layers = target.layers
+            else:
+                module.lora_scaling = target.scaling
             module.lora_dropout = config.lora_dropout
             if streams is not None:
                 # One stream a stacked layer, so that a scan over layers slices it with the kernel.
@@ -221,7 +227,7 @@ def attach(
         value = jnp.copy(kept.get_value()) if isinstance(kept.get_value(), jax.Array) else (
             kept.get_value()
         )  # fmt: skip
-        setattr(module, _KEPT + name, kept)
+        setattr(module, KEPT + name, kept)
         setattr(module, name, TrainedParam(value, **_annotations(kept)))
 
 
@@ -281,8 +287,8 @@ def eject(model: nnx.Module) -> None:
         delattr(model, "lora_plain")
         _set_class(model, type(model).plain_base)
     for _, module in nnx.iter_modules(model):
-        for name in [name for name in vars(module) if name.startswith(_KEPT)]:
-            setattr(module, name.removeprefix(_KEPT), getattr(module, name))
+        for name in [name for name in vars(module) if name.startswith(KEPT)]:
+            setattr(module, name.removeprefix(KEPT), getattr(module, name))
             delattr(module, name)
 
 
@@ -291,13 +297,18 @@ def adapted(model: nnx.Module) -> list[tuple[tuple, Any]]:
     return [(p, m) for p, m in nnx.iter_modules(model) if isinstance(m, LoraLayer)]
 
 
-def scalings(model: nnx.Module) -> dict[str, float]:
+def scalings(model: nnx.Module) -> dict[str, float | tuple[float, ...]]:
     """Path of each adapted layer -> the factor on its low-rank product."""
     return {
-        "/".join(map(str, path)): module.lora_scaling
+        "/".join(map(str, path)): _scaling(module)
         for path, module in adapted(model)
         if hasattr(module, LORA_A)
     } | {site.path: scaling for site, scaling in _plain(model)}
+
+
+def _scaling(module: Any) -> float | tuple[float, ...]:
+    layers = getattr(module, "lora_layers", None)
+    return tuple(scaling for _, _, scaling in layers) if layers else module.lora_scaling
 
 
 def merge(model: nnx.Module) -> nnx.Module:
@@ -310,20 +321,20 @@ def merge(model: nnx.Module) -> nnx.Module:
         if hasattr(module, LORA_A):
             site = layer_type.site(module, "/".join(map(str, path)), value.shape)
             factors = module.lora_a.get_value(), module.lora_b.get_value()
-            value = value + adapter.delta_weight(site, *factors, module.lora_scaling)
+            value = value + adapter.delta_weight(site, *factors, _scaling(module))
         if hasattr(module, "lora_tokens"):
             value = value.at[jnp.asarray(module.lora_token_indices)].add(module.lora_tokens[...])
         weight.set_value(value.astype(weight.get_value().dtype))
-    leaves = {"/".join(map(str, keys)): leaf for keys, leaf in _variables(merged, nnx.Param)}
+    leaves = {"/".join(map(str, keys)): leaf for keys, leaf in variables(merged, nnx.Param)}
     for site, scaling in _plain(merged):
         a, b = (leaves[site.leaf(name)].get_value() for name in (LORA_A, LORA_B))
         weight = leaves[site.path]
         value = weight.get_value().astype(jnp.float32) + adapter.delta_weight(site, a, b, scaling)
         weight.set_value(value.astype(weight.get_value().dtype))
     for _, module in nnx.iter_modules(merged):
-        for name in [name for name in vars(module) if name.startswith(_KEPT)]:
+        for name in [name for name in vars(module) if name.startswith(KEPT)]:
             kept = getattr(module, name)
-            kept.set_value(getattr(module, name.removeprefix(_KEPT)).get_value())
+            kept.set_value(getattr(module, name.removeprefix(KEPT)).get_value())
     eject(merged)
     return merged
 
@@ -349,9 +360,10 @@ class LoraLayer:
             if self.lora_dropout and not self.deterministic and not isinstance(layer_type, Lookup):
                 low = adapter.dropout(x, self.lora_dropout, self.lora_rngs())
             factors = self.lora_a[...], self.lora_b[...]
-            term = layer_type.delta(
-                self, method, (low, *rest), kwargs, factors, self.lora_scaling, y.dtype
-            )
+            scaling = self.lora_scaling
+            if isinstance(scaling, LoraScaling):
+                scaling = scaling[...]
+            term = layer_type.delta(self, method, (low, *rest), kwargs, factors, scaling, y.dtype)
             y = y + term
         if hasattr(self, "lora_tokens"):
             rows = self.lora_tokens[...]
@@ -392,59 +404,6 @@ def _blank(base: type[nnx.Module]) -> nnx.Module:
     return object.__new__(_lora_class(base))
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class NnxBase:
-    """All of a model but its trained leaves, as a pytree that passes through jit."""
-
-    rest: Any
-    graphdef: Any = dataclasses.field(metadata={"static": True})
-    paths: tuple = dataclasses.field(metadata={"static": True})
-
-
-def partition(model: nnx.Module, everything: bool) -> tuple[dict[str, Any], NnxBase]:
-    """Split into (trained leaves by path, everything else); `combine` is the inverse."""
-    trainable: Any = nnx.Param if everything else nnx.LoRAParam
-    graphdef, chosen, rest = nnx.split(model, trainable, ...)  # type: ignore[misc]
-    flat = nnx.to_flat_state(chosen)
-    paths = tuple(path for path, _ in flat)
-    leaves = {"/".join(map(str, path)): leaf.get_value() for path, leaf in flat}
-    return leaves, NnxBase(rest=rest, graphdef=graphdef, paths=paths)
-
-
-def combine(adapters: Mapping[str, Any], base: NnxBase) -> nnx.Module:
-    """A new model that holds the given leaves; no array is copied."""
-    flat = [(path, adapters["/".join(map(str, path))]) for path in base.paths]
-    # copy: new Variables (not arrays), or NNX refuses to update a random stream under jax.grad.
-    return nnx.merge(base.graphdef, nnx.from_flat_state(flat), base.rest, copy=True)
-
-
-def update(model: nnx.Module, adapters: Mapping[str, Any]) -> None:
-    """Set the values of the model's leaves by path, in place, in each leaf's own dtype."""
-    for path, leaf in _variables(model, nnx.Param):
-        if (value := adapters.get("/".join(map(str, path)))) is not None:
-            leaf.set_value(jnp.asarray(value, leaf.dtype))
-
-
-def train_mode(model: nnx.Module, key: jax.Array) -> None:
-    """Turn dropout on, in place, with draws that follow from `key`."""
-    model.train()
-    # A model injected with a bare key, or nnx.Rngs(key), has its streams under the name "default".
-    default = jax.random.fold_in(key, 1)
-    nnx.reseed(model, policy="match_shape", dropout=key, default=default)
-
-
-def eval_mode(model: nnx.Module) -> None:
-    """Turn dropout off, in place."""
-    model.eval()
-
-
-def count(model: nnx.Module) -> tuple[int, int]:
-    """(trained, all) parameters; a shared weight counts once."""
-    sizes = [(isinstance(v, nnx.LoRAParam), v.size) for _, v in _variables(model, nnx.Param)]
-    return sum(size for trained, size in sizes if trained), sum(size for _, size in sizes)
-
-
 def _layers(model: nnx.Module) -> Iterator[tuple[tuple, nnx.Module, LayerType]]:
     for path, module in nnx.iter_modules(model):
         if (layer_type := registry.find(REGISTRY, type(module))) is not None:
@@ -455,10 +414,6 @@ def _type_of(module: nnx.Module) -> LayerType:
     layer_type = registry.find(REGISTRY, type(module))
     assert layer_type is not None, type(module)
     return layer_type
-
-
-def _variables(model: nnx.Module, kind: Any) -> list[tuple[tuple, Any]]:
-    return list(nnx.to_flat_state(nnx.state(model, kind)))
 
 
 def _stack(path: tuple, sizes: tuple[int, ...], declared: set[tuple]) -> str:

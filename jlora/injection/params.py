@@ -43,19 +43,30 @@ def partition(params: Any) -> tuple[dict[str, Any], LinenBase]:
     return trained, LinenBase(rest, tuple(flat), isinstance(params, FrozenDict))
 
 
-def combine(adapters: Mapping[str, Any], base: LinenBase) -> Any:
-    """The tree that `partition` split."""
+def combine(adapters: Mapping[str, Any], base: LinenBase | Mapping[str, Any]) -> Any:
+    """The tree that `partition` split; or another tree of the same module with these adapters."""
+    if not isinstance(base, LinenBase):
+        own = {path: leaf for path, leaf in flatten(base).items() if not is_trained(path)}
+        whole = unflatten(own | dict(adapters))
+        return FrozenDict(whole) if isinstance(base, FrozenDict) else whole
     flat = {p: adapters[p] if p in adapters else base.rest[p] for p in base.order}
     tree = unflatten(flat)
     return FrozenDict(tree) if base.frozen else tree
 
 
 def count(params: Any) -> tuple[int, int]:
-    """(trained, all) parameters."""
+    """(trained, all) parameters; a trained bias counts once among all."""
     sizes = {path: meta.unbox(leaf).size for path, leaf in flatten(params).items()}
-    return sum(s for p, s in sizes.items() if is_trained(p)), sum(sizes.values())
+    trained = {path: size for path, size in sizes.items() if is_trained(path)}
+    biases = sum(size for path, size in trained.items() if path.endswith("/lora_added_bias"))
+    return sum(trained.values()), sum(sizes.values()) - biases
 
 
 def boxed_like(leaves: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """`values` in the boxes that `leaves` of the same paths are in."""
     return {path: meta.replace_boxed(leaf, values[path]) for path, leaf in leaves.items()}
+
+
+def unboxed(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The arrays in boxes."""
+    return {path: meta.unbox(leaf) for path, leaf in leaves.items()}

@@ -51,7 +51,7 @@ class LayerType:
         args: tuple,
         kwargs: dict[str, Any],
         factors: tuple[jax.Array, jax.Array],
-        scaling: float | jax.Array,
+        scaling: Any,
         dtype: Any,
     ) -> jax.Array:
         """The low-rank term of the layer's output for these arguments."""
@@ -96,7 +96,7 @@ class Lookup(LayerType):
         args: tuple,
         kwargs: dict[str, Any],
         factors: tuple[jax.Array, jax.Array],
-        scaling: float | jax.Array,
+        scaling: Any,
         dtype: Any,
     ) -> jax.Array:
         """Rows of A B, or the query times their transpose."""
@@ -138,7 +138,7 @@ class Convolution(LayerType):
         args: tuple,
         kwargs: dict[str, Any],
         factors: tuple[jax.Array, jax.Array],
-        scaling: float | jax.Array,
+        scaling: Any,
         dtype: Any,
     ) -> jax.Array:
         """The convolution with A, then B at each place."""

@@ -43,19 +43,22 @@ def hf_name(path: str) -> tuple[str, bool]:
     return ".".join([*parents, name]), transposed
 
 
-def read_config(model_dir: Path) -> ModelConfig:
-    """Read config.json.
+def read_config(path: Path) -> ModelConfig:
+    """Read a config.json, or that of a model directory.
 
     Raises:
         JloraError: no such file, no JSON, missing keys (all named), an unsupported architecture,
             activation, sliding window or kind of rotary scaling.
     """
-    file = model_dir / "config.json"
+    file = path if path.is_file() or path.suffix == ".json" else path / "config.json"
     if not file.is_file():
-        raise JloraError(
-            f"{file} does not exist; --model takes a Hugging Face model directory "
-            "(config.json, *.safetensors, tokenizer.json): see jlora fetch and jlora convert"
+        expected = (
+            "--model takes a Hugging Face model directory (config.json, *.safetensors, "
+            "tokenizer.json): see jlora fetch and jlora convert"
         )
+        if file == path:
+            expected = "give a Hugging Face config.json"
+        raise JloraError(f"{file} does not exist; {expected}")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:

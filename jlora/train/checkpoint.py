@@ -23,10 +23,17 @@ class RunCheckpoints:
         directory: made where it does not exist.
         stacks: path of each stacked module of the model -> number of its layers.
         keep: newest checkpoints that are kept.
+        ranks: path of each padded factor -> its layers' own ranks.
     """
 
-    def __init__(self, directory: Path, stacks: Mapping[str, int], keep: int):
-        self.directory, self.stacks = directory.absolute(), dict(stacks)
+    def __init__(
+        self,
+        directory: Path,
+        stacks: Mapping[str, int],
+        keep: int,
+        ranks: canonical.Ranks | None = None,
+    ):
+        self.directory, self.stacks, self.ranks = directory.absolute(), dict(stacks), ranks
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         self.manager = ocp.CheckpointManager(
             self.directory, options=options, item_names=("adapters", "state", "meta")
@@ -67,7 +74,7 @@ class RunCheckpoints:
             checkpoint.check_schema(meta, path)
             read = self.manager.restore(step, args=ocp.args.Composite(**items))
         saved = TrainState(trained=read.adapters, **read.state)
-        state = self._map(saved, abstract.trained, lambda t: canonical.restack(t, self.stacks))
+        state = self._map(saved, abstract.trained, self._restack)
         return state, meta
 
     def close(self) -> None:
@@ -76,7 +83,13 @@ class RunCheckpoints:
         self.manager.close()
 
     def _canonical(self, state: TrainState, trained: Mapping[str, Any]) -> TrainState:
-        return self._map(state, trained, lambda tree: canonical.unstack(tree, self.stacks))
+        return self._map(state, trained, self._unstack)
+
+    def _unstack(self, tree: Mapping[str, Any]) -> dict[str, Any]:
+        return canonical.unstack(tree, self.stacks, self.ranks)
+
+    def _restack(self, tree: Mapping[str, Any]) -> dict[str, Any]:
+        return canonical.restack(tree, self.stacks, self.ranks)
 
     @staticmethod
     def _map(state: TrainState, trained: Mapping[str, Any], change: Any) -> TrainState:

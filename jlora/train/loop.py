@@ -83,9 +83,8 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
     if (
         settings.method == "lora"
     ):  # a target that matches nothing is known before any weight is read
-        peft.check_exportable(
-            injection.plan(load.abstract(settings.model, **options), settings.lora)
-        )
+        plan = injection.plan(load.abstract(settings.model, **options), settings.lora)
+        peft.check_exportable(plan)
     model: Any = load.load(settings.model, **options)
     key_init, key_dropout = jax.random.split(jax.random.key(settings.seed))
     if settings.method == "lora":
@@ -110,7 +109,12 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
         say("measuring the model as it is …")
     before = measured.before(run, lambda: injection.combine(leaves(), base))
     run.start(settings, dataclasses.asdict(before))
-    checkpoints = RunCheckpoints(run.checkpoints, stacks | lists, settings.keep_checkpoints)
+    checkpoints = RunCheckpoints(
+        run.checkpoints,
+        stacks | lists,
+        settings.keep_checkpoints,
+        plan.ranks if settings.method == "lora" else None,
+    )
     data_key = measure.fingerprint(examples)
     rows_seen = 0
     if checkpoints.latest_step() is not None:

@@ -1,0 +1,127 @@
+"""Trees of parameters of injected Linen modules: what is planned, added to whole leaves, merged."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.core import FrozenDict, meta
+
+from jlora import adapter
+from jlora.adapter import LORA_A, LORA_B, LORA_TOKENS, Site
+from jlora.errors import JloraError
+from jlora.injection.params import flatten, is_trained, unflatten
+from jlora.targets import Plan, plan
+
+LORA_ADDED = "lora_added_"  # before the name of a leaf of the base: what is added to it
+
+
+def rows_of(rows: Any, path: str) -> tuple[int, ...]:
+    """Of `LoraConfig.trainable_token_indices`, those of the embedding at `path`."""
+    if not isinstance(rows, Mapping):
+        return tuple(rows)
+    dotted = path.replace("/", ".")
+    return next((tuple(v) for k, v in rows.items() if f".{dotted}".endswith("." + k)), ())
+
+
+def planned(model: Any, params: Any) -> Plan:
+    """The plan of an injected module whose layers have been traced.
+
+    Args:
+        model: the injected module.
+        params: its tree of parameters, with or without factors.
+    """
+    injection = model.lora
+    if not injection.sites:
+        raise JloraError(
+            f"{type(model).lora_base.__name__} holds no layer of a type that can be adapted, or "
+            "has not been traced: jax.eval_shape(module.init, key, inputs) does that"
+        )
+    flat = flatten(params)
+    sites: list[Site] = []
+    modules: dict[str, dict[str, tuple[int, ...]]] = {}
+    biases: dict[str, str] = {}
+    for site in injection.sites.values():
+        leaf = flat.get(site.weight_path)
+        sites.append(site if leaf is None else stacked(site, meta.unbox(leaf).shape))
+    for path, leaf in flat.items():
+        parent, _, name = path.rpartition("/")
+        if not is_trained(path):
+            modules.setdefault(parent, {})[name] = meta.unbox(leaf).shape
+            if name == "bias":
+                biases[parent] = name
+    checked = plan(injection.config, sites, injection.head, modules=modules, biases=biases)
+    if differing := [target.site.path for target in checked.targets if target.layers]:
+        raise JloraError(
+            f"nn.scan stacks the layers of {', '.join(differing[:5])}: they are all adapted alike, "
+            "and layers_to_transform and patterns cannot tell them apart"
+        )
+    return checked
+
+
+def stacked(site: Site, shape: tuple[int, ...]) -> Site:
+    """One layer's site, with the leading axes that nn.scan and nn.vmap have given its weight."""
+    extra = len(shape) - len(site.shape)
+    if shape[extra:] != site.shape:
+        raise JloraError(
+            f"{site.path}: layers are stacked on another axis than the first (one layer's weight "
+            f"is {site.shape}, the stack's {shape}); let variable_axes say {{'params': 0}}"
+        )
+    return dataclasses.replace(
+        site,
+        shape=shape,
+        contracting=tuple(i + extra for i in site.contracting),
+        output=tuple(i + extra for i in site.output),
+        batch=(*range(extra), *(i + extra for i in site.batch)),
+        stacked=extra,
+        stack=site.path if extra else None,
+    )
+
+
+def added(checked: Plan, params: Any) -> dict[str, Any]:
+    """Fresh leaves for parameters that are trained as a whole: zeros, float32, boxed alike."""
+    flat = flatten(params)
+    fresh = {}
+    for path in checked.whole:
+        parent, _, name = path.rpartition("/")
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), flat[path])
+        fresh[f"{parent}/{LORA_ADDED}{name}".lstrip("/")] = zeros
+    return fresh
+
+
+def effective(params: Any) -> Any:
+    """The parameters with what is added to whole leaves added, and those leaves gone."""
+    flat = flatten(params)
+    added = {p: v for p, v in flat.items() if p.rpartition("/")[2].startswith(LORA_ADDED)}
+    if not added:
+        return params
+    for path, more in added.items():
+        del flat[path]
+        parent, _, name = path.rpartition("/")
+        whole = f"{parent}/{name.removeprefix(LORA_ADDED)}".lstrip("/")
+        flat[whole] = jax.tree.map(_plus, flat[whole], more)
+    return unflatten(flat)
+
+
+def _plus(weight: jax.Array, update: jax.Array) -> jax.Array:
+    return (weight.astype(jnp.float32) + update).astype(weight.dtype)
+
+
+def merge(model: Any, params: Any) -> Any:
+    """The base's tree with W + scaling * A B in place of W; `params` stays as it is."""
+    flat = flatten(effective(params))
+    for target in planned(model, params).targets:
+        site, box = target.site, flat[target.site.weight_path]
+        a, b = (meta.unbox(flat[site.leaf(name)]) for name in (LORA_A, LORA_B))
+        update = adapter.delta_weight(site, a, b, target.scaling)
+        flat[site.weight_path] = jax.tree.map(functools.partial(_plus, update=update), box)
+    for path in [p for p in flat if p.rpartition("/")[2] == LORA_TOKENS]:
+        parent = path.rpartition("/")[0]
+        indices = jnp.asarray(rows_of(model.lora.config.trainable_token_indices, parent))
+        where, rows = f"{parent}/{model.lora.sites[parent].weight}", meta.unbox(flat[path])
+        change = jnp.zeros(meta.unbox(flat[where]).shape, jnp.float32).at[..., indices, :].add(rows)
+        flat[where] = jax.tree.map(functools.partial(_plus, update=change), flat[where])
+    tree = unflatten({path: leaf for path, leaf in flat.items() if not is_trained(path)})
+    return FrozenDict(tree) if isinstance(params, FrozenDict) else tree

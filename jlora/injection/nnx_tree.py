@@ -1,0 +1,81 @@
+"""NNX models as trees: what in them is trained, and all the rest."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+KEPT = "lora_kept_"
+"""Before the name of an attribute that is trained as a whole: where its first values are kept."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NnxBase:
+    """All of a model but its trained leaves, as a pytree that passes through jit."""
+
+    rest: Any
+    graphdef: Any = dataclasses.field(metadata={"static": True})
+    paths: tuple = dataclasses.field(metadata={"static": True})
+
+
+def partition(model: nnx.Module, everything: bool) -> tuple[dict[str, Any], NnxBase]:
+    """Split into (trained leaves by path, everything else); `combine` is the inverse."""
+    trainable: Any = nnx.Param if everything else nnx.LoRAParam
+    graphdef, chosen, rest = nnx.split(model, trainable, ...)  # type: ignore[misc]
+    flat = nnx.to_flat_state(chosen)
+    paths = tuple(path for path, _ in flat)
+    leaves = {"/".join(map(str, path)): leaf.get_value() for path, leaf in flat}
+    return leaves, NnxBase(rest=rest, graphdef=graphdef, paths=paths)
+
+
+def combine(adapters: Mapping[str, Any], base: NnxBase) -> nnx.Module:
+    """A new model that holds the given leaves; no array is copied."""
+    flat = [(path, adapters["/".join(map(str, path))]) for path in base.paths]
+    # copy: new Variables (not arrays), or NNX refuses to update a random stream under jax.grad.
+    return nnx.merge(base.graphdef, nnx.from_flat_state(flat), base.rest, copy=True)
+
+
+def update(model: nnx.Module, adapters: Mapping[str, Any]) -> None:
+    """Set the values of the model's leaves by path, in place, in each leaf's own dtype."""
+    for path, leaf in variables(model, nnx.Param):
+        if (value := adapters.get("/".join(map(str, path)))) is not None:
+            leaf.set_value(jnp.asarray(value, leaf.dtype))
+
+
+def train_mode(model: nnx.Module, key: jax.Array) -> None:
+    """Turn dropout on, in place, with draws that follow from `key`."""
+    model.train()
+    # A model injected with a bare key, or nnx.Rngs(key), has its streams under the name "default".
+    default = jax.random.fold_in(key, 1)
+    nnx.reseed(model, policy="match_shape", dropout=key, default=default)
+
+
+def eval_mode(model: nnx.Module) -> None:
+    """Turn dropout off, in place."""
+    model.eval()
+
+
+def count(model: nnx.Module) -> tuple[int, int]:
+    """(trained, all) parameters; a shared weight counts once, padding not at all."""
+    sizes = [(isinstance(v, nnx.LoRAParam), v.size) for _, v in variables(model, nnx.Param)]
+    padding = 0
+    for _, module in nnx.iter_modules(model):
+        if layers := getattr(module, "lora_layers", ()):
+            width = max(r for r, _, _ in layers)
+            used = sum(r for r, _, _ in layers)
+            holder: Any = module
+            size = holder.lora_a.size + holder.lora_b.size
+            padding += size - size * used // (width * len(layers))
+    # As PEFT counts: of a saved module both copies are there, a bias is the same parameter.
+    kept = sum(v.size for path, v in variables(model, nnx.Param) if path[-1] == f"{KEPT}bias")
+    trained = sum(size for trains, size in sizes if trains)
+    return trained - padding, sum(size for _, size in sizes) - padding - kept
+
+
+def variables(model: nnx.Module, kind: Any) -> list[tuple[tuple, Any]]:
+    """(path, variable) of each variable of a kind."""
+    return list(nnx.to_flat_state(nnx.state(model, kind)))
