@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 from flax.training.train_state import TrainState
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
 import jlora
 
@@ -97,7 +97,7 @@ def main() -> None:
     fresh = jax.jit(model_with_lora.init)(jax.random.key(1), digits)["params"]
     # Factors from init, all else as pretrained: the base's names are what they were.
     adapters, _ = jlora.partition(fresh)
-    params = unflatten_dict(flatten_dict(pretrained, sep="/") | adapters, sep="/")
+    params = jlora.combine(adapters, pretrained)
     print(jlora.summary(params))
 
     tx = jlora.optimizer(optax.adamw(1e-2))

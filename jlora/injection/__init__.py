@@ -253,6 +253,7 @@ def planned(model: Any, tree: Any) -> tuple[targets.Plan, list[adapter.Site]]:
     """
     if not isinstance(model, linen.LoraModule):
         raise JloraError(f"expected an injected Linen module, got {type(model).__name__}")
+    linen_tree.demand_traced(model)
     return linen_tree.planned(model, tree), list(model.lora.sites.values())
 
 

@@ -34,11 +34,6 @@ def planned(model: Any, params: Any) -> Plan:
         params: its tree of parameters, with or without factors.
     """
     injection = model.lora
-    if not injection.sites:
-        raise JloraError(
-            f"{type(model).lora_base.__name__} holds no layer of a type that can be adapted, or "
-            "has not been traced: jax.eval_shape(module.init, key, inputs) does that"
-        )
     flat = flatten(params)
     sites: list[Site] = []
     modules: dict[str, dict[str, tuple[int, ...]]] = {}
@@ -59,6 +54,19 @@ def planned(model: Any, params: Any) -> Plan:
             "and layers_to_transform and patterns cannot tell them apart"
         )
     return checked
+
+
+def demand_traced(model: Any) -> None:
+    """Demand that the layers of an injected module are known.
+
+    Raises:
+        JloraError: it has not been traced.
+    """
+    if not model.lora.sites:
+        raise JloraError(
+            f"the layers of {type(model).lora_base.__name__} are not known, since it has not been "
+            "traced in this process: jax.eval_shape(module.init, key, inputs) does that"
+        )
 
 
 def stacked(site: Site, shape: tuple[int, ...]) -> Site:
@@ -111,6 +119,7 @@ def _plus(weight: jax.Array, update: jax.Array) -> jax.Array:
 
 def merge(model: Any, params: Any) -> Any:
     """The base's tree with W + scaling * A B in place of W; `params` stays as it is."""
+    demand_traced(model)
     flat = flatten(effective(params))
     for target in planned(model, params).targets:
         site, box = target.site, flat[target.site.weight_path]

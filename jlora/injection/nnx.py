@@ -182,6 +182,11 @@ def attach(
             "lora_dropout is not supported at weights in plain parameters, whose inputs are the "
             f"model's own: {', '.join(t.site.path for t in plainly[:5])}"
         )
+    if bare := [t.site.path for t in plainly if t.site.path.rpartition("/")[2].isdecimal()]:
+        raise JloraError(
+            f"{', '.join(bare[:5])}: factors stand beside their weight as attributes of its "
+            "module, and a list has none; keep each parameter in a module"
+        )
     for target in plainly:
         path, _, name = target.site.path.rpartition("/")
         factors = adapter.init_factors(key, target, config.init_lora_weights)
