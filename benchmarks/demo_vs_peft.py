@@ -19,7 +19,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from jlora import config, optim
+from jlora import conversion, optim
 from jlora.config import TrainConfig
 from jlora.data import chat, source
 from jlora.data.batching import Batch, Batches
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of PEFT's initial factors")
     args = parser.parse_args()
     file = args.run / "config.toml"
-    settings = config.from_dict(TrainConfig, config.read_toml(file), where=str(file))
+    settings = conversion.from_dict(TrainConfig, conversion.read_toml(file), where=str(file))
     if settings.method != "lora" or settings.lora.init_lora_weights is not True:
         raise SystemExit(f"{file}: only LoRA with the usual initial factors is compared")
     report = json.loads((args.run / "report.json").read_text(encoding="utf-8"))
@@ -43,7 +43,7 @@ def main() -> None:
     ours = peft.PeftModel.from_pretrained(base_model(settings), args.run / "adapter")
     result = {
         "run": {"steps": report["steps"], "trainable_params": report["trainable_params"],
-                "config": config.to_dict(settings)},
+                "config": conversion.to_dict(settings)},
         "jlora": judge(ours, settings),
         "jlora_by_itself": {"exact_match": report["accuracy_after"],
                             "eval_loss": report["eval_loss_after"]},
@@ -70,7 +70,7 @@ def train(settings: TrainConfig, steps: int, seed: int) -> Any:
     """What PEFT makes of the run's settings."""
     lora, wanted = settings.lora, settings.optim
     torch.manual_seed(seed)
-    same = {name: value for name, value in config.to_dict(lora).items() if value != []}
+    same = {name: value for name, value in conversion.to_dict(lora).items() if value != []}
     model = peft.get_peft_model(base_model(settings), peft.LoraConfig(**same))
     model.config.use_cache = False
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

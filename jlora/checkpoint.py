@@ -14,7 +14,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax import Array
 
-from jlora import canonical, config, injection, paths, targets
+from jlora import canonical, config, conversion, injection, paths, targets
 from jlora.errors import JloraError
 
 SCHEMA_VERSION = 1
@@ -83,7 +83,7 @@ def gather(model: Any, config: config.LoraConfig) -> StoredAdapter:
 
 def lora_meta(lora: config.LoraConfig) -> dict[str, Any]:
     """What `meta` says of every adapter."""
-    return {"schema_version": SCHEMA_VERSION, "method": "lora", "lora": config.to_dict(lora)}
+    return {"schema_version": SCHEMA_VERSION, "method": "lora", "lora": conversion.to_dict(lora)}
 
 
 def is_adapter(path: Path) -> bool:
@@ -110,7 +110,7 @@ def read_adapter(path: str | Path) -> StoredAdapter:
     if read.meta["method"] != "lora":
         raise JloraError(f"{path} holds all weights of a model, not an adapter")
     return StoredAdapter(
-        config=config.from_dict(config.LoraConfig, read.meta["lora"], where=f"{path}/meta"),
+        config=conversion.from_dict(config.LoraConfig, read.meta["lora"], where=f"{path}/meta"),
         factors=read.adapters,
         where=str(path),
     )

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jlora import config
+from jlora import config, conversion
 from jlora.errors import JloraError, nearest
 
 USAGE = """\
@@ -124,7 +124,7 @@ def export(settings: config.ExportConfig) -> None:
         raise JloraError(f"{settings.to} holds an adapter already; choose another --to")
     run = Run(settings.run)
     stored = adapters.read_newest_checkpoint(settings.run)
-    used = config.read_toml(run.config_file)
+    used = conversion.read_toml(run.config_file)
     peft.write_peft(settings.to, load.abstract(used["model"]), stored, base_model=used["model"])
     print(f"wrote {settings.to}")
 
@@ -251,9 +251,9 @@ def _defaults(cls: type, file: Path) -> Any:
     """The configuration that `file` describes; what it leaves out and must be given stays open."""
     import tyro
 
-    values = config.read_toml(file)
-    absent = [name for name in config.required(cls) if name not in values]
-    described: Any = config.from_dict(cls, values | dict.fromkeys(absent, ""), where=str(file))
+    values = conversion.read_toml(file)
+    absent = [name for name in conversion.required(cls) if name not in values]
+    described: Any = conversion.from_dict(cls, values | dict.fromkeys(absent, ""), where=str(file))
     return dataclasses.replace(described, **dict.fromkeys(absent, tyro.MISSING))
 
 

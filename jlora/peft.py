@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from jlora import adapter, config, injection
+from jlora import adapter, config, conversion, injection
 from jlora.adapter import LORA_A, LORA_B, Site, Target
 from jlora.checkpoint import StoredAdapter, check_fits, gather
 from jlora.errors import JloraError
@@ -269,4 +269,4 @@ def _read_config(file: Path) -> config.LoraConfig:
     if unsupported:
         raise JloraError(f"{file}: not supported: {'; '.join(sorted(unsupported))}")
     values = {key: settings[key] for key in _READ if settings.get(key) is not None}
-    return config.from_dict(config.LoraConfig, values, where=str(file))
+    return conversion.from_dict(config.LoraConfig, values, where=str(file))

@@ -165,7 +165,8 @@ class Choice:
                 nearest names.
         """
         known = [n for site in sites for name in site.names for n in _dotted_names(site, name)]
-        others = sorted({_dotted(m) for m in modules} | set(known))
+        above = {m.rsplit("/", n)[0] for m in modules for n in range(m.count("/") + 1)}
+        others = sorted({_dotted(m) for m in above if m} | set(known))
         problems = []
         for field, pattern, matches in self.demands:
             among = others if field == "modules_to_save" else known

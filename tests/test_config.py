@@ -11,17 +11,15 @@ import tomli_w
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jlora import config
+from jlora import conversion
 from jlora.config import (
     EvalConfig,
     LoaderConfig,
     LoraConfig,
     OptimConfig,
     TrainConfig,
-    from_dict,
-    read_toml,
-    to_dict,
 )
+from jlora.conversion import from_dict, read_toml, to_dict
 from jlora.errors import JloraError
 
 names = st.text("abc_.*", min_size=1, max_size=8)
@@ -71,7 +69,7 @@ def test_what_is_written_is_read(train: TrainConfig) -> None:
 def test_what_is_left_out_has_its_default() -> None:
     train = from_dict(TrainConfig, MINIMAL | {"lora": {"r": 3}}, where="x")
     assert train == TrainConfig(model=Path("m"), data="d", output=Path("o"), lora=LoraConfig(r=3))
-    assert config.required(TrainConfig) == ["model", "data", "output"]
+    assert conversion.required(TrainConfig) == ["model", "data", "output"]
 
 
 def test_configurations_are_frozen_and_share_nothing() -> None:

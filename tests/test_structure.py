@@ -12,9 +12,9 @@ PACKAGE = Path(jlora.__file__).parent
 
 # A module imports only from modules above it in this list.
 LAYERS = [
-    "errors files paths config canonical adapter targets",
+    "errors files paths config conversion canonical adapter targets",
     "injection.registry injection.lowrank injection.plain",
-    "injection.nnx_tree injection.nnx_plain injection.nnx",
+    "injection.nnx_tree injection.nnx_plain injection.nnx_sites injection.nnx",
     "injection.params injection.linen_tree injection.linen_plain injection.linen",
     "injection",
     "models models.attention models.transformer models.families models.load models.gguf",
@@ -101,7 +101,7 @@ def test_importing_jlora_is_light() -> None:
 
 def test_files_are_short() -> None:
     lengths = {name: len(file.read_text().splitlines()) for name, file in modules().items()}
-    assert {name: length for name, length in lengths.items() if length > 430} == {}
+    assert {name: length for name, length in lengths.items() if length > 400} == {}
 
 
 def test_public_names_are_documented() -> None:

@@ -1,12 +1,11 @@
 """The model transform. Each function decides once, by type, which flavour of Flax it was given."""
 
-import functools
 from collections.abc import Mapping, Sequence
-from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as flax_linen
 from flax import nnx as flax_nnx
@@ -14,7 +13,7 @@ from flax import nnx as flax_nnx
 from jlora import adapter, targets
 from jlora.config import LoraConfig
 from jlora.errors import JloraError
-from jlora.injection import linen, linen_tree, nnx, nnx_tree, params, registry
+from jlora.injection import linen, linen_tree, nnx, nnx_sites, nnx_tree, params, registry
 
 
 def inject(
@@ -68,24 +67,28 @@ def eject(model: Any) -> Any:
     """
     if isinstance(model, flax_linen.Module):
         return linen.eject(model)
-    _flavour(model).eject(model)
+    nnx.eject(_nnx(model))
     return model
 
 
-def merge(model: Any, variables: Any = None) -> Any:
+def merge(model: Any, params: Any = None) -> Any:
     """W + scaling * A B in place of each weight W, computed in float32; what was given stays.
 
     Args:
         model: an injected NNX model, or Linen module.
-        variables: Linen's tree of parameters, with its factors.
+        params: Linen's tree of parameters, with its factors.
 
     Returns:
         NNX: a new model without adapters; Linen: a tree of parameters for the module that was
         injected.
     """
     if isinstance(model, linen.LoraModule):
-        return linen_tree.merge(model, variables)
-    return _flavour(model).merge(model)
+        return linen_tree.merge(model, params)
+    if params is not None:
+        raise JloraError(
+            f"merge takes a tree for injected Linen modules, not {type(model).__name__}"
+        )
+    return nnx.merge(_nnx(model))
 
 
 def partition(model: Any, *, everything: bool = False) -> tuple[dict[str, Any], Any]:
@@ -102,7 +105,7 @@ def partition(model: Any, *, everything: bool = False) -> tuple[dict[str, Any], 
     """
     if isinstance(model, Mapping):
         return params.partition(model)
-    return _tree(model).partition(model, everything)
+    return nnx_tree.partition(_nnx(model), everything)
 
 
 def combine(adapters: Mapping[str, Any], base: Any) -> Any:
@@ -113,7 +116,7 @@ def combine(adapters: Mapping[str, Any], base: Any) -> Any:
     """
     if isinstance(base, params.LinenBase | Mapping):
         return params.combine(adapters, base)
-    return _tree(base).combine(adapters, base)
+    return nnx_tree.combine(adapters, _nnx(base))
 
 
 def unboxed(leaves: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,8 +138,9 @@ def optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
 
     def labels(tree: Any) -> Any:
         def label(path: tuple, leaf: Any) -> str:
-            names = (str(getattr(key, "key", getattr(key, "name", ""))) for key in path)
-            trained = isinstance(leaf, flax_nnx.LoRAParam) or any(map(params.is_trained, names))
+            names = [str(key.key) for key in path if hasattr(key, "key")]  # not those within a box
+            by_name = bool(names) and params.is_trained(names[-1])
+            trained = isinstance(leaf, flax_nnx.LoRAParam) or by_name
             return "adapters" if trained else "base"
 
         is_variable = lambda leaf: isinstance(leaf, flax_nnx.Variable)  # noqa: E731
@@ -165,7 +169,7 @@ def register(layer: type, *, weight: str, equation: Any, bias: str | None = None
     """
     entry = registry.Contraction(weight=weight, form=equation, bias=bias)
     if isinstance(layer, type) and issubclass(layer, flax_nnx.Module):
-        nnx.REGISTRY[layer] = entry
+        nnx_sites.REGISTRY[layer] = entry
     elif isinstance(layer, type) and issubclass(layer, flax_linen.Module):
         linen.REGISTRY[layer] = entry
     else:
@@ -174,22 +178,22 @@ def register(layer: type, *, weight: str, equation: Any, bias: str | None = None
 
 def train_mode(model: Any, key: Any) -> None:
     """Turn dropout on, in place, with draws that follow from `key`."""
-    _tree(model).train_mode(model, key)
+    nnx_tree.train_mode(_nnx(model), key)
 
 
 def eval_mode(model: Any) -> None:
     """Turn dropout off, in place."""
-    _tree(model).eval_mode(model)
+    nnx_tree.eval_mode(_nnx(model))
 
 
 def update(model: Any, adapters: Mapping[str, Any]) -> None:
     """Set the values of leaves by path, in place, in each leaf's own dtype."""
-    _tree(model).update(model, adapters)
+    nnx_tree.update(_nnx(model), adapters)
 
 
 def sites(model: Any) -> list[adapter.Site]:
     """Every weight of the model that can be adapted."""
-    return _flavour(model).find_sites(model)
+    return nnx_sites.find_sites(_nnx(model))
 
 
 def stacks(model: Any) -> dict[str, int]:
@@ -199,8 +203,8 @@ def stacks(model: Any) -> dict[str, int]:
 
 def plan(model: Any, config: LoraConfig, inputs: Any = None) -> targets.Plan:
     """What `inject` would adapt, without touching the model."""
-    flavour = _flavour(model)
-    found = flavour.find_sites(model, inputs)
+    _nnx(model)
+    found = nnx_sites.find_sites(model, inputs)
     if not found:
         raise JloraError(f"{type(model).__name__} holds no layer of a type that can be adapted")
     if any(not site.path for site in found):
@@ -211,10 +215,10 @@ def plan(model: Any, config: LoraConfig, inputs: Any = None) -> targets.Plan:
     return targets.plan(
         config,
         found,
-        flavour.output_head(model) or targets.head_among(found),
-        modules=flavour.modules(model),
-        biases=flavour.biases(model),
-        shared=flavour.shared_weights(model),
+        nnx_sites.output_head(model) or targets.head_among(found),
+        modules=nnx_sites.modules(model),
+        biases=nnx_sites.biases(model),
+        shared=nnx_sites.shared_weights(model),
     )
 
 
@@ -236,8 +240,18 @@ def plan_targets(model: Any, config: LoraConfig, *args: Any, **kwargs: Any) -> t
             raise JloraError("give the inputs of an NNX model all by position or all by name")
         return plan(model, config, args or kwargs or None)
     injected = linen.inject(model, config, training=False)
-    init = functools.partial(injected.init, **kwargs)
-    variables = jax.eval_shape(init, jax.random.key(0), *args)
+    leaves, structure = jax.tree.flatten((args, kwargs))
+    arrays = [isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct) for x in leaves]
+
+    def init(key: Any, given: list[Any]) -> Any:
+        """Arrays are abstract; flags and the like are what they are."""
+        each = iter(given)
+        mixed = [next(each) if a else x for a, x in zip(arrays, leaves, strict=True)]
+        args, kwargs = jax.tree.unflatten(structure, mixed)
+        return injected.init(key, *args, **kwargs)
+
+    given = [x for a, x in zip(arrays, leaves, strict=True) if a]
+    variables = jax.eval_shape(init, jax.random.key(0), given)
     return linen_tree.planned(injected, variables.get("params", {}))
 
 
@@ -259,14 +273,14 @@ def planned(model: Any, tree: Any) -> tuple[targets.Plan, list[adapter.Site]]:
 
 def scalings(model: Any) -> dict[str, float | tuple[float, ...]]:
     """Path of each adapted layer -> the factor on its low-rank product."""
-    return _flavour(model).scalings(model)
+    return nnx.scalings(_nnx(model))
 
 
 def count(model: Any) -> tuple[int, int]:
     """(trainable, all) parameters; a shared weight counts once."""
     if isinstance(model, Mapping):
         return params.count(model)
-    return _tree(model).count(model)
+    return nnx_tree.count(_nnx(model))
 
 
 def summary(model: Any) -> str:
@@ -282,15 +296,10 @@ def summary_line(trainable: int, total: int) -> str:
     )
 
 
-def _tree(model: Any) -> ModuleType:
-    """The module that reads `model` as a tree."""
-    _flavour(model)
-    return nnx_tree
-
-
-def _flavour(model: Any) -> ModuleType:
+def _nnx(model: Any) -> Any:
+    """`model`, which must be an NNX module, or the rest of one."""
     if isinstance(model, flax_nnx.Module | nnx_tree.NnxBase):
-        return nnx
+        return model
     if hasattr(model, "module") and hasattr(model, "params"):
         raise JloraError(f"{type(model).__name__} wraps a Flax module: pass its .module")
     if isinstance(model, flax_linen.Module):

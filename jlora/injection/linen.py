@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import DenyList, FrozenDict, meta
+from flax.core.scope import in_filter
 
 from jlora import adapter
 from jlora.adapter import LORA_A, LORA_B, LORA_TOKENS, Site, Target
@@ -26,7 +27,7 @@ from jlora.config import LoraConfig
 from jlora.errors import JloraError
 from jlora.injection import linen_plain, registry
 from jlora.injection.linen_tree import added, effective, planned, rows_of
-from jlora.injection.params import flatten, unflatten
+from jlora.injection.params import flatten, is_trained, unflatten
 from jlora.injection.registry import Contraction, Convolution, LayerType, Lookup, general
 from jlora.targets import Choice
 
@@ -88,10 +89,15 @@ def inject(model: nn.Module, config: LoraConfig, training: bool) -> nn.Module:
             f"the model is itself a {type(model).__name__} layer: put it in a module, since "
             "adapters are named by the path of their layer"
         )
-    injection = Injection(config, getattr(model, "output_head", "lm_head"))
+    injection = Injection(config, _head(model))
     fields = _fields(model)
     base: Any = type(model)
     return _class(base)(**fields, lora=injection, lora_deterministic=not training)
+
+
+def _head(model: nn.Module) -> str:
+    named = getattr(model, "output_head", None)
+    return named if isinstance(named, str) else "lm_head"
 
 
 def eject(model: nn.Module) -> nn.Module:
@@ -102,8 +108,11 @@ def eject(model: nn.Module) -> nn.Module:
 
 
 def _fields(model: nn.Module) -> dict[str, Any]:
-    names = [f.name for f in dataclasses.fields(model) if f.init and not f.name.startswith("lora")]
+    names = [f.name for f in dataclasses.fields(model) if f.init and f.name not in _OWN_FIELDS]
     return {name: getattr(model, name) for name in names}
+
+
+_OWN_FIELDS = ("lora", "lora_deterministic")
 
 
 class LoraModule:
@@ -146,15 +155,14 @@ def _rebuild(base: Any, fields: dict[str, Any], config: LoraConfig, training: bo
 def _intercepted(own: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(own)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if (
-            self.scope is None or self.lora in _RUNNING.get()
-        ):  # unbound, or called by its own method
+        if self.scope is None or self.lora in _RUNNING.get():  # unbound, or within another method
             return own(self, *args, **kwargs)
-        with (
-            _within(_RUNNING, self.lora),
-            nn.intercept_methods(functools.partial(_intercept, self)),
-        ):
-            return own(self, *args, **kwargs)
+        intercept = functools.partial(_intercept, self)
+        with _within(_RUNNING, self.lora), nn.intercept_methods(intercept):
+            out = own(self, *args, **kwargs)
+        if self.lora not in _OUTERMOST.get():
+            _check_alone(self)
+        return out
 
     for mark in ("compact", "nowrap"):  # Linen's own marks, which `wraps` copies: it wraps again
         method.__dict__.pop(mark, None)
@@ -178,19 +186,25 @@ def _within(stack: ContextVar[tuple], entry: Any) -> Iterator[None]:
         stack.reset(token)
 
 
-def _check_within_another(model: Any) -> None:
-    """What `init` checks and adds is not there for a module within another one.
+def _check_alone(model: Any) -> None:
+    """Of a module whose own init and apply do not run: it is bound, or within another module.
 
     Raises:
-        JloraError: the configuration needs it, or has a pattern that matches no layer.
+        JloraError: its adapters need them, or a pattern matches no layer.
     """
-    config, inner = model.lora.config, list(model.lora.sites.values())
-    if config.bias != "none" or config.modules_to_save:
+    config = model.lora.config
+    leaves = flatten(model.variables.get("params", {}))
+    apart = [p for p in leaves if is_trained(p) and not p.rpartition("/")[2].startswith(_BESIDE)]
+    if apart or config.bias != "none" or config.modules_to_save:
         raise JloraError(
-            "bias and modules_to_save need the injected module to be the outermost: inject the "
-            "module whose init and apply are called"
+            "bias, modules_to_save and weights in plain parameters need the injected module's own "
+            "init and apply: inject the outermost module, and use apply rather than bind"
         )
-    model.lora.choice.check(inner)
+    if model.is_initializing():
+        model.lora.choice.check(list(model.lora.sites.values()))
+
+
+_BESIDE = (LORA_A, LORA_B, LORA_TOKENS)  # leaves that the interceptor itself makes and reads
 
 
 def _intercept(
@@ -267,9 +281,16 @@ def _factors(layer: Any, target: Target, config: LoraConfig, box: Any) -> tuple[
 
 def _param(layer: Any, name: str, init: Callable[..., Any]) -> jax.Array:
     """A layer's `param` that may be asked for twice, and outside of compact methods (Embed's)."""
-    if layer.scope.has_variable("params", name):
-        return meta.unbox(layer.scope.get_variable("params", name))
-    return layer.scope.param(name, init)
+    if not layer.scope.has_variable("params", name):
+        return layer.scope.param(name, init)
+    value = meta.unbox(layer.scope.get_variable("params", name))
+    wanted = meta.unbox(jax.eval_shape(init, jax.random.key(0))).shape
+    if value.shape != wanted:
+        raise JloraError(
+            f"{'/'.join(layer.path)}/{name} is {value.shape}, where the configuration that the "
+            f"module was injected with has {wanted}"
+        )
+    return value
 
 
 def _dropout(rate: float, layer: Any, x: jax.Array) -> jax.Array:
@@ -307,7 +328,15 @@ def _outermost(base: type[nn.Module], name: str) -> Callable[..., Any]:
     @functools.wraps(own)
     def apply(self: Any, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         if "params" in variables:
-            variables = {**variables, "params": effective(variables["params"])}
+            whole = effective(variables["params"])
+            if whole is not variables["params"] and in_filter(
+                kwargs.get("mutable", False), "params"
+            ):
+                raise JloraError(
+                    "apply with mutable parameters would give back biases and saved modules with "
+                    "what was trained already added; name other collections in `mutable`"
+                )
+            variables = {**variables, "params": whole}
         call = functools.partial(_own_apply, self, own, **kwargs)
         return linen_plain.call(self.lora, call, variables, args)
 

@@ -40,7 +40,8 @@ def planned(model: Any, params: Any) -> Plan:
     biases: dict[str, str] = {}
     for site in injection.sites.values():
         leaf = flat.get(site.weight_path)
-        sites.append(site if leaf is None else stacked(site, meta.unbox(leaf).shape))
+        if leaf is not None:  # else it is of a clone of the module with other fields
+            sites.append(stacked(site, meta.unbox(leaf).shape))
     for path, leaf in flat.items():
         parent, _, name = path.rpartition("/")
         if not is_trained(path):
@@ -119,9 +120,20 @@ def _plus(weight: jax.Array, update: jax.Array) -> jax.Array:
 
 def merge(model: Any, params: Any) -> Any:
     """The base's tree with W + scaling * A B in place of W; `params` stays as it is."""
+    if not isinstance(params, Mapping) or "params" in params:
+        raise JloraError(
+            'merge needs the tree of parameters too: merge(module, variables["params"])'
+        )
     demand_traced(model)
     flat = flatten(effective(params))
-    for target in planned(model, params).targets:
+    targets = planned(model, params).targets
+    known = {target.site.leaf(name) for target in targets for name in target.shapes}
+    if unknown := [p for p in flat if p.endswith(LORA_A) and p not in known]:
+        raise JloraError(
+            f"the layers of {', '.join(unknown[:5])} have not been met in this process: trace all "
+            "of the module, as jax.eval_shape(module.init, key, inputs) does"
+        )
+    for target in targets:
         site, box = target.site, flat[target.site.weight_path]
         a, b = (meta.unbox(flat[site.leaf(name)]) for name in (LORA_A, LORA_B))
         update = adapter.delta_weight(site, a, b, target.scaling)

@@ -1,10 +1,8 @@
-"""Flax NNX: find sites, put factors beside weights, take them out, read the model as trees."""
+"""Flax NNX: put factors beside weights, take them out, merge them."""
 
-import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from types import SimpleNamespace
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,45 +14,9 @@ from jlora.adapter import LORA_A, LORA_B, Site, Target
 from jlora.config import LoraConfig
 from jlora.errors import JloraError
 from jlora.injection import nnx_plain, registry
+from jlora.injection.nnx_sites import REGISTRY, plain_sites, type_of
 from jlora.injection.nnx_tree import KEPT, variables
-from jlora.injection.registry import Contraction, Convolution, LayerType, Lookup, general
-
-
-def _general(layer: nnx.LinearGeneral, x: Any = None, **kwargs: Any) -> str:
-    ndim = None if x is None else x.ndim
-    return general(ndim, layer.axis, layer.batch_axis, len(layer.out_features))
-
-
-def _einsum(layer: nnx.Einsum, x: Any = None, einsum_str: str | None = None, **kw: Any) -> str:
-    equation = einsum_str or layer.einsum_str
-    if equation is None:
-        raise JloraError(
-            "an nnx.Einsum whose equation is given with each call cannot be planned: give "
-            "einsum_str to its constructor"
-        )
-    return equation
-
-
-def _convolve(layer: nnx.Conv, x: jax.Array, kernel: jax.Array, features: int) -> jax.Array:
-    # The layer's own code on other numbers, so that padding and strides are what it makes of them.
-    other: dict[str, Any] = {
-        "kernel": nnx.Param(kernel),
-        "bias": None,
-        "mask": None,
-        "use_bias": False,
-    }
-    other |= {"out_features": features, "kernel_shape": kernel.shape}
-    convolution: Any = nnx.Conv.__call__
-    return convolution(SimpleNamespace(**(vars(layer) | other)), x)
-
-
-REGISTRY: dict[type, LayerType] = {
-    nnx.Linear: Contraction(),
-    nnx.LinearGeneral: Contraction(form=_general),
-    nnx.Einsum: Contraction(form=_einsum),
-    nnx.Embed: Lookup(),
-    nnx.Conv: Convolution(run=_convolve),
-}
+from jlora.injection.registry import Lookup
 
 
 class TrainedParam(nnx.LoRAParam):
@@ -63,83 +25,6 @@ class TrainedParam(nnx.LoRAParam):
 
 class LoraScaling(nnx.Variable):
     """The scaling of each stacked layer, float32 (layers,), where they differ."""
-
-
-def find_sites(model: nnx.Module, inputs: Any = None) -> list[Site]:
-    """Every weight of `model` that can be adapted, in the order of the model's attributes.
-
-    With `inputs` of its call, also those in plain parameters.
-
-    Axes of a weight beyond those of its layer type stack layers. A module names the attributes of
-    its own that hold such stacks in `stacked_layers`, so that the names of layers on disk are those
-    of the unrolled model: with ("layers",), "layers/mlp" holds "layers/0/mlp" and so on. Where no
-    module does, the layer itself is the stack: "layers/mlp/0".
-    """
-    declared = {
-        (*path, name)
-        for path, module in nnx.iter_modules(model)
-        for name in getattr(type(module), "stacked_layers", ())
-    }
-    sites = []
-    for path, module, layer_type in _layers(model):
-        shape = getattr(module, layer_type.weight).shape
-        site = layer_type.site(module, "/".join(map(str, path)), shape)
-        if site.stacked:
-            stack = _stack(path, shape[: site.stacked], declared)
-            site = dataclasses.replace(site, stack=stack)
-        sites.append(site)
-    if isinstance(model, nnx_plain.PlainModel):
-        sites += [site for site, _ in _plain(model)]
-    elif inputs is not None:
-        known = {site.path for site in sites}
-        sites += nnx_plain.find_sites(model, inputs, known)
-    return sites
-
-
-def _plain(model: Any) -> tuple[tuple[Site, float], ...]:
-    return getattr(model, "lora_plain", ())
-
-
-def shared_weights(model: nnx.Module) -> dict[str, list[str]]:
-    """Path of a layer whose weight is used elsewhere too -> where: modules that hold the same
-    variable, and what the model's `tied_weights` says (path of a layer -> its other use).
-    """
-    tied = {path: [use] for path, use in getattr(model, "tied_weights", {}).items()}
-    holders: dict[int, list[str]] = {}
-    for path, module in nnx.iter_modules(model):
-        for name, value in vars(module).items():
-            if isinstance(value, nnx.Param):
-                holders.setdefault(id(value), []).append("/".join(map(str, (*path, name))))
-    for path, module, layer_type in _layers(model):
-        uses = holders[id(getattr(module, layer_type.weight))]
-        if len(uses) > 1:
-            tied.setdefault("/".join(map(str, path)), []).extend(uses)
-    return tied
-
-
-def output_head(model: nnx.Module) -> str | None:
-    """Path of the output projection where the model says it: its `output_head`."""
-    named = getattr(model, "output_head", None)
-    return named if isinstance(named, str) else None
-
-
-def modules(model: nnx.Module) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Path of each module that holds parameters itself -> their names and shapes."""
-    found: dict[str, dict[str, tuple[int, ...]]] = {}
-    for path, variable in variables(model, nnx.Param):
-        *parents, name = map(str, path)
-        if not name.startswith("lora_"):
-            found.setdefault("/".join(parents), {})[name] = variable.shape
-    return found
-
-
-def biases(model: nnx.Module) -> dict[str, str]:
-    """Path of each layer that can be adapted -> the name of its bias, where it has one."""
-    return {
-        "/".join(map(str, path)): layer_type.bias
-        for path, module, layer_type in _layers(model)
-        if layer_type.bias and getattr(module, layer_type.bias, None) is not None
-    }
 
 
 def attach(
@@ -165,7 +50,8 @@ def attach(
     Raises:
         JloraError: the model holds adapters already.
     """
-    if adapted(model) or _plain(model):
+    inside = (module for _, module in nnx.iter_modules(model))
+    if any(isinstance(module, LoraLayer | nnx_plain.PlainModel) for module in inside):
         raise JloraError(
             "the model holds adapters already: jlora.eject(model) takes them out, "
             "jlora.load_adapter replaces their values"
@@ -176,6 +62,10 @@ def attach(
     key = rngs.params()
     streams: Any = rngs.dropout if config.lora_dropout else None  # an error here changes nothing
     by_path = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
+    for target in targets:
+        if target.site.weight:
+            _check_own_call(by_path[target.site.path], target.site.path)
+    _check_not_shared(model, whole)
     plainly = [target for target in targets if not target.site.weight]
     if plainly and config.lora_dropout:
         raise JloraError(
@@ -186,6 +76,11 @@ def attach(
         raise JloraError(
             f"{', '.join(bare[:5])}: factors stand beside their weight as attributes of its "
             "module, and a list has none; keep each parameter in a module"
+        )
+    if differing := [t.site.path for t in plainly if t.layers]:
+        raise JloraError(
+            f"{', '.join(differing[:5])}: layers of a stack in a plain parameter are all adapted "
+            "alike, and layers_to_transform and patterns cannot tell them apart"
         )
     for target in plainly:
         path, _, name = target.site.path.rpartition("/")
@@ -218,7 +113,8 @@ def attach(
                 # One stream a stacked layer, so that a scan over layers slices it with the kernel.
                 shape = target.site.shape[: target.site.stacked]
                 module.lora_rngs = streams.split(shape) if shape else streams.fork()
-                module.deterministic = not training
+                if not hasattr(module, "deterministic"):  # that of the layer itself is its own
+                    module.deterministic = not training
     for path, rows in tokens.items():
         module = by_path[path]
         with _Added(module):
@@ -234,6 +130,41 @@ def attach(
         )  # fmt: skip
         setattr(module, KEPT + name, kept)
         setattr(module, name, TrainedParam(value, **_annotations(kept)))
+
+
+def _check_own_call(module: Any, path: str) -> None:
+    """Demand that a layer's output is what its registered type computes.
+
+    Raises:
+        JloraError: its class has a call of its own, to which the low-rank term would be added last.
+    """
+    layer_type = type_of(module)
+    known: Any = next(cls for cls in type(module).__mro__ if REGISTRY.get(cls) is layer_type)
+    for method in layer_type.methods:
+        if getattr(type(module), method) is not getattr(known, method):
+            raise JloraError(
+                f"{path}: {type(module).__name__} overrides {method} of {known.__name__}; say how "
+                "it uses its weight with jlora.register, or exclude it"
+            )
+
+
+def _check_not_shared(model: nnx.Module, whole: Iterable[str]) -> None:
+    """Demand that parameters that are trained as a whole are held by one module alone.
+
+    Raises:
+        JloraError: some are not.
+    """
+    holders: dict[int, list[str]] = {}
+    for path, module in nnx.iter_modules(model):
+        for name, value in vars(module).items():
+            if isinstance(value, nnx.Param):
+                holders.setdefault(id(value), []).append("/".join(map(str, (*path, name))))
+    for places in holders.values():
+        if len(places) > 1 and set(places) & set(whole):
+            raise JloraError(
+                f"{' and '.join(places)} are one parameter, which cannot be trained at one of them "
+                "as a whole; leave it out of modules_to_save and bias"
+            )
 
 
 class _Added:
@@ -285,7 +216,7 @@ def eject(model: nnx.Module) -> None:
         _set_class(module, type(module).lora_base)
     if isinstance(model, nnx_plain.PlainModel):
         by_path = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
-        for site, _ in _plain(model):
+        for site, _ in plain_sites(model):
             path, _, name = site.path.rpartition("/")
             for factor in (LORA_A, LORA_B):
                 delattr(by_path[path], f"{name}_{factor}")
@@ -308,7 +239,7 @@ def scalings(model: nnx.Module) -> dict[str, float | tuple[float, ...]]:
         "/".join(map(str, path)): _scaling(module)
         for path, module in adapted(model)
         if hasattr(module, LORA_A)
-    } | {site.path: scaling for site, scaling in _plain(model)}
+    } | {site.path: scaling for site, scaling in plain_sites(model)}
 
 
 def _scaling(module: Any) -> float | tuple[float, ...]:
@@ -320,7 +251,7 @@ def merge(model: nnx.Module) -> nnx.Module:
     """A new model with W + scaling * A B in place of W, and no adapters; `model` stays as it is."""
     merged = nnx.clone(model)
     for path, module in adapted(merged):
-        layer_type = _type_of(module)
+        layer_type = type_of(module)
         weight = getattr(module, layer_type.weight)
         value = weight.get_value().astype(jnp.float32)
         if hasattr(module, LORA_A):
@@ -331,7 +262,7 @@ def merge(model: nnx.Module) -> nnx.Module:
             value = value.at[jnp.asarray(module.lora_token_indices)].add(module.lora_tokens[...])
         weight.set_value(value.astype(weight.get_value().dtype))
     leaves = {"/".join(map(str, keys)): leaf for keys, leaf in variables(merged, nnx.Param)}
-    for site, scaling in _plain(merged):
+    for site, scaling in plain_sites(merged):
         a, b = (leaves[site.leaf(name)].get_value() for name in (LORA_A, LORA_B))
         weight = leaves[site.path]
         value = weight.get_value().astype(jnp.float32) + adapter.delta_weight(site, a, b, scaling)
@@ -359,7 +290,7 @@ class LoraLayer:
             _, *args = bound.args  # type: ignore[assignment]
             kwargs = bound.kwargs
         x, *rest = args
-        layer_type = _type_of(self)
+        layer_type = type_of(self)
         if hasattr(self, LORA_A):
             low = x
             if self.lora_dropout and not self.deterministic and not isinstance(layer_type, Lookup):
@@ -368,6 +299,12 @@ class LoraLayer:
             scaling = self.lora_scaling
             if isinstance(scaling, LoraScaling):
                 scaling = scaling[...]
+                if scaling.ndim:
+                    raise JloraError(
+                        "the layers of this stack differ in rank or scaling, and the scan over it "
+                        "does not slice the scalings: let its axes be 0 for all variables, not "
+                        "for nnx.Param alone"
+                    )
             term = layer_type.delta(self, method, (low, *rest), kwargs, factors, scaling, y.dtype)
             y = y + term
         if hasattr(self, "lora_tokens"):
@@ -407,24 +344,3 @@ def _set_class(module: nnx.Module, cls: type) -> None:
 
 def _blank(base: type[nnx.Module]) -> nnx.Module:
     return object.__new__(_lora_class(base))
-
-
-def _layers(model: nnx.Module) -> Iterator[tuple[tuple, nnx.Module, LayerType]]:
-    for path, module in nnx.iter_modules(model):
-        if (layer_type := registry.find(REGISTRY, type(module))) is not None:
-            yield path, module, layer_type
-
-
-def _type_of(module: nnx.Module) -> LayerType:
-    layer_type = registry.find(REGISTRY, type(module))
-    assert layer_type is not None, type(module)
-    return layer_type
-
-
-def _stack(path: tuple, sizes: tuple[int, ...], declared: set[tuple]) -> str:
-    """The module above or at `path` whose layers are stacked."""
-    name = "/".join(map(str, path))
-    if len(sizes) > 1:
-        raise JloraError(f"{name} has {len(sizes)} stacked axes {sizes}; one is supported")
-    prefixes = (path[:depth] for depth in range(1, len(path)))
-    return next(("/".join(map(str, p)) for p in prefixes if p in declared), name)

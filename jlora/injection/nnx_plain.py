@@ -10,6 +10,7 @@ import jax
 from flax import nnx
 
 from jlora.adapter import LORA_A, LORA_B, Site
+from jlora.errors import JloraError
 from jlora.injection import plain
 
 # Of the models one of whose methods runs, what they know of their adapters.
@@ -93,8 +94,14 @@ _NNX = {name for name in dir(nnx.Module) if name != "__call__"}
 def _updated(own: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(own)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.lora_plain in _INSIDE.get():
+        if any(self.lora_plain is running for running in _INSIDE.get()):
             return own(self, *args, **kwargs)
+        stateful = (nnx.Variable, nnx.Module, nnx.Rngs)
+        if any(isinstance(x, stateful) for x in (*args, *kwargs.values())):
+            raise JloraError(
+                f"{type(self).plain_base.__name__} has adapted plain parameters, and is run on "
+                "copies: Rngs and modules among its arguments would not be changed"
+            )
         leaves = {
             "/".join(map(str, keys)): leaf.get_value()
             for keys, leaf in nnx.to_flat_state(nnx.state(self, nnx.Param))

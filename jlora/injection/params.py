@@ -8,6 +8,8 @@ import jax
 from flax import traverse_util
 from flax.core import FrozenDict, meta
 
+from jlora.errors import JloraError
+
 
 def flatten(params: Any) -> dict[str, Any]:
     """Nested mappings to path -> leaf; boxes (nn.Partitioned) are leaves."""
@@ -47,6 +49,9 @@ def combine(adapters: Mapping[str, Any], base: LinenBase | Mapping[str, Any]) ->
     """The tree that `partition` split; or another tree of the same module with these adapters."""
     if not isinstance(base, LinenBase):
         own = {path: leaf for path, leaf in flatten(base).items() if not is_trained(path)}
+        modules = {path.rpartition("/")[0] for path in own}
+        if strays := [path for path in adapters if path.rpartition("/")[0] not in modules]:
+            raise JloraError(f"the tree has no place for {', '.join(strays[:5])}")
         whole = unflatten(own | dict(adapters))
         return FrozenDict(whole) if isinstance(base, FrozenDict) else whole
     flat = {p: adapters[p] if p in adapters else base.rest[p] for p in base.order}

@@ -144,6 +144,10 @@ class Convolution(LayerType):
         """The convolution with A, then B at each place."""
         lora_a, lora_b = factors
         r, groups = lora_a.shape[0], layer.feature_group_count
+        if layer.mask is not None:  # it is of the kernel's shape, and of no low rank
+            kernel = jnp.einsum("r...,ro->...o", lora_a, lora_b).astype(dtype) * layer.mask
+            kernel = kernel * jnp.asarray(scaling, dtype)
+            return self.run(layer, args[0].astype(dtype), kernel, kernel.shape[-1]).astype(dtype)
         kernel = jnp.tile(jnp.moveaxis(lora_a.astype(dtype), 0, -1), groups)
         low = self.run(layer, args[0].astype(dtype), kernel, groups * r).astype(dtype)
         low = low.reshape(*low.shape[:-1], groups, r) * jnp.asarray(scaling, dtype)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 from tqdm import tqdm
 
-from jlora import canonical, checkpoint, config, injection, optim, peft
+from jlora import canonical, checkpoint, conversion, injection, optim, peft
 from jlora.config import TrainConfig
 from jlora.data import chat, source
 from jlora.data.batching import Batch, Batches
@@ -135,7 +135,7 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
             "fingerprint": data_key,
         }
         kind = checkpoint.lora_meta(settings.lora) | {"method": settings.method}
-        return kind | {"step": step, "data": position, "train": config.to_dict(settings)}
+        return kind | {"step": step, "data": position, "train": conversion.to_dict(settings)}
 
     def read(done: Pending) -> None:
         """Note and show a step's metrics; stop the run if they are not finite."""

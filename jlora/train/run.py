@@ -7,7 +7,7 @@ from typing import Any
 
 import tomli_w
 
-from jlora import config, paths
+from jlora import conversion, paths
 from jlora.config import TrainConfig
 from jlora.errors import JloraError
 from jlora.files import new_directory, write_text
@@ -48,8 +48,8 @@ class Run:
             return
         if not self.config_file.is_file():
             raise JloraError(f"--resume: {self.path} holds no run ({self.config_file} is absent)")
-        first = paths.flatten(config.read_toml(self.config_file))
-        now = paths.flatten(config.to_dict(wanted))
+        first = paths.flatten(conversion.read_toml(self.config_file))
+        now = paths.flatten(conversion.to_dict(wanted))
         differing = [
             f"  {key.replace('/', '.')}: {first.get(key)!r} then, {now.get(key)!r} now"
             for key in sorted(first.keys() | now.keys())
@@ -67,7 +67,9 @@ class Run:
         if config_used.resume:
             return
         with new_directory(self.path) as stage:
-            write_text(stage / self.config_file.name, tomli_w.dumps(config.to_dict(config_used)))
+            write_text(
+                stage / self.config_file.name, tomli_w.dumps(conversion.to_dict(config_used))
+            )
             write_text(stage / self.before.name, json.dumps(before, indent=2) + "\n")
 
     def keep_metrics(self, step: int, last: int) -> None:

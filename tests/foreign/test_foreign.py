@@ -150,9 +150,7 @@ def test_the_wrapper_is_refused():
 
 
 def test_a_tied_embedding_is_refused():
-    with pytest.raises(
-        jlora.JloraError, match="wte: its weight is also used outside"
-    ):
+    with pytest.raises(jlora.JloraError, match="wte: its weight is also used outside"):
         injected_linen("flax_gpt2", jlora.LoraConfig(target_modules=("wte",)))
 
 
