@@ -10,6 +10,7 @@ are loaded after `init` count.
 import dataclasses
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -58,6 +59,9 @@ REGISTRY: dict[type, LayerType] = {
     nn.Embed: Lookup(),
     nn.Conv: Convolution(run=_convolve),
 }
+
+
+_log = logging.getLogger("jlora")
 
 
 @dataclasses.dataclass(eq=False)
@@ -202,6 +206,13 @@ def _check_alone(model: Any) -> None:
         )
     if model.is_initializing():
         model.lora.choice.check(list(model.lora.sites.values()))
+        shapes = {path: meta.unbox(leaf).shape for path, leaf in leaves.items()}
+        if plainly := linen_plain.candidates(model.lora, shapes):
+            _log.warning(
+                "%s: weights in plain parameters are not adapted in a module within another: "
+                "inject the outermost one",
+                ", ".join(plainly),
+            )
 
 
 _BESIDE = (LORA_A, LORA_B, LORA_TOKENS)  # leaves that the interceptor itself makes and reads

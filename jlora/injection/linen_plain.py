@@ -28,12 +28,16 @@ def find(
     Raises:
         JloraError: an embedding is to be adapted that is used in more ways than its layer sees.
     """
-    flat = {path: leaf for path, leaf in flatten(variables.get("params", {})).items()}
+    flat = flatten(variables.get("params", {}))
     layers = {site.weight_path: site for site in injection.sites.values() if site.weight}
+    shapes = {path: meta.unbox(leaf).shape for path, leaf in flat.items()}
+    embeddings = [
+        path
+        for path, site in layers.items()
+        if site.kind == "embedding" and path in flat and injection.choice.takes(site, site.path)
+    ]
     weights = {
-        path: meta.unbox(leaf)
-        for path, leaf in flat.items()
-        if meta.unbox(leaf).ndim > 1 and not is_trained(path) and _wanted(injection, path, layers)
+        path: meta.unbox(flat[path]) for path in [*embeddings, *candidates(injection, shapes)]
     }
     if not weights:
         return
@@ -51,14 +55,16 @@ def find(
             injection.sites[path] = site
 
 
-def _wanted(injection: Any, path: str, layers: Mapping[str, Any]) -> bool:
-    """Whether uses of this weight need to be looked for."""
-    if (site := layers.get(path)) is not None:
-        return site.kind == "embedding" and injection.choice.takes(site, site.path)
-    if path.rpartition("/")[0] in injection.sites:  # a layer's bias
-        return False
-    pseudo = adapter.Site(path, (1, 1), (0,), (1,), weight="")
-    return injection.choice.takes(pseudo, path)
+def candidates(injection: Any, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Paths of targeted parameters with two axes or more that no layer's are."""
+    return [
+        path
+        for path, shape in shapes.items()
+        if len(shape) > 1
+        and not is_trained(path)
+        and path.rpartition("/")[0] not in injection.sites
+        and injection.choice.takes(adapter.Site(path, shape, (0,), (1,), weight=""), path)
+    ]
 
 
 def _function(call: Callable[..., Any], flat: Mapping[str, Any], names: Any) -> Callable[..., Any]:
@@ -66,7 +72,7 @@ def _function(call: Callable[..., Any], flat: Mapping[str, Any], names: Any) -> 
     boxes = {path: flat[path] for path in names if isinstance(flat[path], meta.AxisMetadata)}
 
     def function(weights: Mapping[str, Any], variables: Any, *args: Any) -> Any:
-        inner = {path: x for path, x in flatten(variables["params"]).items()}
+        inner = flatten(variables["params"])
         inner |= {
             path: boxes[path].replace_boxed(x) if path in boxes else x
             for path, x in weights.items()
