@@ -45,8 +45,9 @@ class Site:
     """Path of the module whose parameters are stacked, or None: "model/layers"."""
     weight: str = "kernel"
     """Name of the weight in its module; "" where `path` is that of the weight itself."""
-    kind: Literal["linear", "embedding", "convolution"] = "linear"
-    """Whether the weight is multiplied, its rows are looked up, or it slides over the input."""
+    kind: Literal["linear", "embedding", "convolution", "other"] = "linear"
+    """Whether the weight is multiplied, its rows are looked up, it slides over the input, or is
+    used in a way for which W + scaling * A B has to be formed."""
 
     @property
     def in_shape(self) -> tuple[int, ...]:

@@ -153,19 +153,23 @@ class Choice:
         r, alpha, _ = max(own)
         return Target(site, r, alpha, tuple(s for _, _, s in own), tuple(own))
 
-    def check(self, sites: Sequence[Site], modules: Iterable[str] = ()) -> None:
+    def check(
+        self, sites: Sequence[Site], modules: Mapping[str, Iterable[str]] | None = None
+    ) -> None:
         """Demand that each pattern matches something.
 
         Args:
             sites: all that can be adapted.
-            modules: paths of all modules.
+            modules: path of each module -> the names of its parameters.
 
         Raises:
             JloraError: what matches nothing or is no regular expression, all at once, each with the
                 nearest names.
         """
         known = [n for site in sites for name in site.names for n in _dotted_names(site, name)]
+        modules = modules or {}
         above = {m.rsplit("/", n)[0] for m in modules for n in range(m.count("/") + 1)}
+        parameters = [_dotted(f"{m}/{n}".lstrip("/")) for m, own in modules.items() for n in own]
         others = sorted({_dotted(m) for m in above if m} | set(known))
         problems = []
         for field, pattern, matches in self.demands:
@@ -175,7 +179,9 @@ class Choice:
             near = f"nearest: {_nearest(pattern, among)}"
             if field == "target_modules" and pattern == self.config.target_modules:
                 near = _as_regex(pattern, known) or near
-            elif stuck := [m for m in others if matches(m) and m not in known]:
+            elif "/" in pattern:
+                near = f"names have dots: {_dotted(pattern)!r}"
+            elif stuck := [m for m in [*others, *parameters] if matches(m) and m not in known]:
                 near = (
                     f"{stuck[0]} is there, but is of no type that can be adapted (weights in plain "
                     "parameters are found where `inputs` are given; modules_to_save trains a "
@@ -333,11 +339,13 @@ def _token_rows(
 
 def _as_regex(pattern: str, known: Sequence[str]) -> str:
     """What to say of a single string that names the end of some module, as a list would."""
+    if difflib.get_close_matches(pattern, [ALL_LINEAR], cutoff=0.8):
+        return f"did you mean {ALL_LINEAR!r}?"
     if not any(_ends(name, pattern) for name in known):
         return ""
     return (
         "one string is a regular expression for the whole name; for all that end so write "
-        f"'.*\\.{pattern}', or a list of more than one name"
+        f"'.*\\.{pattern}', or, in Python and TOML, a list of names"
     )
 
 

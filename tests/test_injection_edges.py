@@ -249,3 +249,52 @@ def test_a_scan_that_does_not_slice_the_scalings_is_an_error():
     jlora.inject(model, RANDOM, rngs=nnx.Rngs(1))
     assert np.abs(model(X) - before).max() > 1e-3
     np.testing.assert_allclose(jlora.merge(model)(X), model(X), atol=1e-5)
+
+
+def test_all_linear_takes_no_convolution_of_an_unknown_type():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(4)(nn.ConvTranspose(3, (3,))(x))
+
+    inputs = jnp.ones((1, 6, 2))
+    plan = jlora.plan_targets(Model(), RANDOM, inputs)
+    assert [target.site.path for target in plan.targets] == ["Dense_0"]
+    named = jlora.plan_targets(Model(), config(target_modules=("ConvTranspose_0",)), inputs)
+    assert [target.site.kind for target in named.targets] == ["other"]
+
+
+def test_a_tree_without_factors_says_how_to_get_them():
+    params = Mlp().init(jax.random.key(0), X)["params"]
+    with pytest.raises(JloraError, match=r"a has no lora_a: .*jlora\.combine\(adapters, params\)"):
+        jlora.inject(Mlp(), RANDOM).apply({"params": params}, X)
+
+
+@pytest.mark.parametrize("call", [jlora.partition, jlora.summary])
+def test_all_variables_are_no_parameters(call):
+    variables = jlora.inject(Mlp(), RANDOM).init(jax.random.key(0), X)
+    with pytest.raises(JloraError, match=r'give variables\["params"\]'):
+        call(variables)
+
+
+def test_a_linen_module_is_planned_with_its_inputs():
+    with pytest.raises(JloraError, match="give plan_targets its inputs"):
+        jlora.plan_targets(Mlp(), RANDOM)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("all_linear", "did you mean 'all-linear'"),
+        (["layer/a"], r"names have dots: 'layer\.a'"),
+        (["w"], "w is there, but .* where `inputs` are given"),
+    ],
+)
+def test_patterns_that_nearly_match(pattern, message):
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.layer = nnx.Linear(8, 8, rngs=rngs)
+            self.w = nnx.Param(jnp.ones((8, 8)))
+
+    with pytest.raises(JloraError, match=message):
+        jlora.plan_targets(Model(nnx.Rngs(0)), config(target_modules=pattern))

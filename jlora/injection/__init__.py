@@ -206,7 +206,11 @@ def plan(model: Any, config: LoraConfig, inputs: Any = None) -> targets.Plan:
     _nnx(model)
     found = nnx_sites.find_sites(model, inputs)
     if not found:
-        raise JloraError(f"{type(model).__name__} holds no layer of a type that can be adapted")
+        raise JloraError(
+            f"{type(model).__name__} holds no layer of a type that can be adapted; weights in "
+            "plain parameters are found where `inputs` are given, and jlora.register says how a "
+            "layer type of your own uses its weight"
+        )
     if any(not site.path for site in found):
         raise JloraError(
             f"the model is itself a {type(model).__name__} layer: put it in a module, since "
@@ -239,6 +243,10 @@ def plan_targets(model: Any, config: LoraConfig, *args: Any, **kwargs: Any) -> t
         if args and kwargs:
             raise JloraError("give the inputs of an NNX model all by position or all by name")
         return plan(model, config, args or kwargs or None)
+    if not (args or kwargs):
+        raise JloraError(
+            "the layers of a Linen module are found by tracing it: give plan_targets its inputs too"
+        )
     injected = linen.inject(model, config, training=False)
     leaves, structure = jax.tree.flatten((args, kwargs))
     arrays = [isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct) for x in leaves]

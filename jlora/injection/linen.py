@@ -293,6 +293,11 @@ def _factors(layer: Any, target: Target, config: LoraConfig, box: Any) -> tuple[
 def _param(layer: Any, name: str, init: Callable[..., Any]) -> jax.Array:
     """A layer's `param` that may be asked for twice, and outside of compact methods (Embed's)."""
     if not layer.scope.has_variable("params", name):
+        if not layer.scope.is_mutable_collection("params"):
+            raise JloraError(
+                f"{'/'.join(layer.path)} has no {name}: init of the injected module makes factors, "
+                "and jlora.combine(adapters, params) puts them into other parameters"
+            )
         return layer.scope.param(name, init)
     value = meta.unbox(layer.scope.get_variable("params", name))
     wanted = meta.unbox(jax.eval_shape(init, jax.random.key(0))).shape

@@ -39,6 +39,7 @@ class LinenBase:
 
 def partition(params: Any) -> tuple[dict[str, Any], LinenBase]:
     """Split into (trained leaves by path, everything else); `combine` is the inverse."""
+    _demand_params(params)
     flat = flatten(params)
     trained = {path: leaf for path, leaf in flat.items() if is_trained(path)}
     rest = {path: leaf for path, leaf in flat.items() if path not in trained}
@@ -61,10 +62,16 @@ def combine(adapters: Mapping[str, Any], base: LinenBase | Mapping[str, Any]) ->
 
 def count(params: Any) -> tuple[int, int]:
     """(trained, all) parameters; a trained bias counts once among all."""
+    _demand_params(params)
     sizes = {path: meta.unbox(leaf).size for path, leaf in flatten(params).items()}
     trained = {path: size for path, size in sizes.items() if is_trained(path)}
     biases = sum(size for path, size in trained.items() if path.endswith("/lora_added_bias"))
     return sum(trained.values()), sum(sizes.values()) - biases
+
+
+def _demand_params(tree: Any) -> None:
+    if isinstance(tree.get("params"), Mapping):
+        raise JloraError('these are all of a module\'s variables: give variables["params"]')
 
 
 def boxed_like(leaves: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -263,7 +263,7 @@ def site(path: str, shape: tuple[int, ...], uses: Sequence[Use | str]) -> Site |
     elif contractions:
         use, kind = contractions[0], "linear"
     else:
-        use, kind = Use(axes[:-1], axes[-1:]), "linear"
+        use, kind = Use(axes[:-1], axes[-1:]), "other"
     return Site(
         path=path,
         shape=shape,
