@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 import jlora
 from jlora import injection
-from jlora.errors import JloraError
 
 # The family, and a configuration in words that PEFT and we share.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -102,10 +101,6 @@ def test_peft_adapter_in_ours(tiny, tmp_path, case, scan_layers):
     expected = torch_logits(theirs, tokens)
 
     model = jlora.load(tiny(family), scan_layers=scan_layers)
-    if scan_layers and case in ("some-layers", "patterns"):  # what a stack cannot hold is refused
-        with pytest.raises(JloraError, match="stack"):
-            jlora.import_peft(tmp_path / "adapter", model)
-        return
     base = our_logits(model, tokens)
     jlora.import_peft(tmp_path / "adapter", model)
     assert np.abs(expected - base).max() > 1e-2
