@@ -15,13 +15,14 @@ from jlora.errors import JloraError
 from jlora.targets import Plan
 
 
-def load_adapter(path: str | Path, model: Any) -> Any:
+def load_adapter(path: str | Path, model: Any, *, params: Any = None) -> Any:
     """Put the adapter at `path` on `model`, in place, with every factor accounted for.
 
     Args:
         path: a run of `jlora train`, what `save_adapter` wrote, or a PEFT directory.
-        model: the base model, or one that was injected alike; or the tree of parameters of an
-            injected Linen module, for what was saved of one.
+        model: the base model, or one that was injected alike; of Linen, the injected module, for
+            what was saved of one.
+        params: the Linen module's tree of parameters.
 
     Returns:
         The same model, or a new tree. On a base model, dropout is off until model.train().
@@ -31,7 +32,7 @@ def load_adapter(path: str | Path, model: Any) -> Any:
             without a factor, shapes that differ (all at once); copies of base weights that are not
             the model's. The model is then as it was.
     """
-    return apply(read(path), model)
+    return apply(read(path), model, params)
 
 
 def import_peft(path: str | Path, model: Any) -> Any:
@@ -79,16 +80,25 @@ def _checkpoints(run: Path) -> list[Path]:
     return [step for step in steps if step.name.isdigit() and checkpoint.is_adapter(step)]
 
 
-def apply(stored: StoredAdapter, model: Any) -> Any:
+def apply(stored: StoredAdapter, model: Any, params: Any = None) -> Any:
     """Put what was read on `model`; see `load_adapter`."""
-    trained, base = injection.partition(model)
     if isinstance(model, Mapping):
+        raise JloraError(
+            "a tree of parameters goes with its module: (path, module, ..., params=tree)"
+        )
+    trained, base = injection.partition(model if params is None else params)
+    if params is not None:
         paths.check_same(
             {path: leaf.shape for path, leaf in injection.unboxed(trained).items()},
             {path: tuple(leaf.shape) for path, leaf in stored.factors.items()},
             what=f"the adapter in {stored.where}",
             remedy="load it into the tree that init of the injected module returns",
         )
+        if differs := injection.difference(model, params, stored.config):
+            raise JloraError(
+                f"the adapter in {stored.where} is not of a module injected like this one: "
+                f"{differs}; inject with the configuration that it was saved with"
+            )
         return injection.combine(injection.boxed_like(trained, stored.factors), base)
     try:
         plan = injection.plan(model, stored.config)

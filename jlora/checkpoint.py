@@ -33,13 +33,16 @@ class StoredAdapter:
     """Module's canonical path -> its base weight (out, in), where the file has a copy of it."""
 
 
-def save_adapter(path: str | Path, model: Any, config: config.LoraConfig) -> None:
+def save_adapter(
+    path: str | Path, model: Any, config: config.LoraConfig, *, params: Any = None
+) -> None:
     """Write the adapters of `model`, and nothing of its base, to the new directory `path`.
 
     Args:
         path: appears whole or not at all.
-        model: a model that `inject` has been given; or the tree of parameters of a Linen module.
+        model: a model that `inject` has been given; of Linen, the injected module.
         config: the configuration that it was given.
+        params: the Linen module's tree of parameters.
 
     Raises:
         JloraError: `path` exists; the model holds no adapters, or others than `config` says.
@@ -47,7 +50,7 @@ def save_adapter(path: str | Path, model: Any, config: config.LoraConfig) -> Non
     path = Path(path).absolute()
     if path.exists():
         raise JloraError(f"{path} exists already; save to a new directory")
-    factors = gather(model, config).factors
+    factors = gather(model, config, params).factors
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         checkpointer.save(
             path,
@@ -57,16 +60,22 @@ def save_adapter(path: str | Path, model: Any, config: config.LoraConfig) -> Non
         )
 
 
-def gather(model: Any, config: config.LoraConfig) -> StoredAdapter:
-    """The adapters of `model` in their canonical form.
+def gather(model: Any, config: config.LoraConfig, params: Any = None) -> StoredAdapter:
+    """The adapters of `model`, or of the Linen module's `params`, in their canonical form.
 
     Raises:
         JloraError: the model holds no adapters, or others than `config` says.
     """
-    trained, _ = injection.partition(model)
+    if isinstance(model, Mapping):
+        raise JloraError(
+            "a tree of parameters goes with its module: (path, module, ..., params=tree)"
+        )
+    trained, _ = injection.partition(model if params is None else params)
     if not trained:
         raise JloraError("the model holds no adapters: jlora.inject it first")
-    if isinstance(model, Mapping):  # a Linen tree, whose paths have no other form
+    if params is not None:  # a Linen tree, whose paths have no other form
+        if differs := injection.difference(model, params, config):
+            raise JloraError(f"{differs}: pass the configuration that inject was given")
         return StoredAdapter(config=config, factors=injection.unboxed(trained), where="the tree")
     stacks, plan = injection.stacks(model), injection.plan(model, config)
     factors = canonical.unstack(trained, stacks, plan.ranks)

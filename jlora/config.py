@@ -148,6 +148,12 @@ class LoraConfig(_Strict):
             problems.append(f"modules_to_save must be a list, got {saved!r}")
         if not self.target_modules:
             problems.append(f"target_modules is empty; name layers or say {ALL_LINEAR!r}")
+        targets = self.target_modules if isinstance(self.target_modules, tuple) else ()
+        if both := [name for name in targets if name in (self.modules_to_save or ())]:
+            problems.append(
+                f"{', '.join(both)} cannot be both in target_modules, which get factors, and in "
+                "modules_to_save, which are trained as a whole"
+            )
         task_type: object = self.task_type
         if not isinstance(task_type, str):  # PEFT's None is no text for TOML
             problems.append(f"task_type must be a string, got {task_type!r}")

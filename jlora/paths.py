@@ -12,6 +12,11 @@ from jlora.errors import JloraError
 SHOWN = 10  # lines of each kind in one report; the rest is counted
 
 
+def join(keys: Iterable[Any]) -> str:
+    """The path that keys of a tree (attributes, indices) make."""
+    return "/".join(map(str, keys))
+
+
 def flatten(tree: Mapping[Any, Any]) -> dict[str, Any]:
     """Nested mappings to a flat tree; keys are joined by "/" and turned into strings."""
     flat: dict[str, Any] = {}

@@ -76,7 +76,7 @@ def export_peft(
             f"layers that nn.scan stacks have no names of their own: {', '.join(stacked[:5])}; "
             "export from the module with its layers unrolled"
         )
-    stored = gather(params, config)
+    stored = gather(model, config, params)
     check_exportable(plan)
     check_fits(stored, plan, {})
     _write(Path(path), stored, plan, sites, base_model)

@@ -101,6 +101,8 @@ def test_configurations_are_frozen_and_share_nothing() -> None:
         ({"lora": {"r": 1.5}}, ["'lora.r': Input should be a valid integer"]),
         ({"lora": {"r": 0, "lora_dropout": 1}},
          ["LoraConfig: r must be a positive integer, got 0; lora_dropout must be in [0, 1)"]),
+        ({"lora": {"target_modules": ["up", "down"], "modules_to_save": ["up"]}},
+         ["LoraConfig: up cannot be both in target_modules, which get factors, and in modules_to"]),
         ({"lora": {"r": 0}, "stepz": 1}, ["LoraConfig: r must be", "unknown key 'stepz'; did you"]),
     ],
     ids=str,

@@ -154,7 +154,13 @@ def test_a_rank_above_the_layers_dimensions_is_a_warning(flavour: str) -> None:
 def test_a_bare_layer_has_no_path(flavour: str) -> None:
     layer: Any = nn.Dense(4) if flavour == "linen" else nnx.Linear(6, 4, rngs=nnx.Rngs(0))
     with pytest.raises(JloraError, match=r"the model is itself a (Dense|Linear) layer: put it in"):
-        jlora.inject(layer, config(), rngs=nnx.Rngs(0))
+        jlora.inject(layer, config(), **({} if flavour == "linen" else {"rngs": nnx.Rngs(0)}))
+
+
+@pytest.mark.parametrize("given", [{"rngs": jax.random.key(0)}, {"inputs": (X,)}])
+def test_what_is_for_nnx_alone(given: dict[str, Any]) -> None:
+    with pytest.raises(JloraError, match=r"rngs and inputs are for NNX models"):
+        jlora.inject(LinenModel(), config(), **given)
 
 
 def test_nnx_without_random_numbers() -> None:

@@ -194,8 +194,8 @@ def test_saved_and_loaded(linen, nnx_model, tmp_path):
     adapters, base = jlora.partition(tree)
     values = filled({path: leaf.shape for path, leaf in adapters.items()})
     changed = jlora.combine(values, base)
-    jlora.save_adapter(tmp_path / "linen", changed, CONFIG)
-    loaded = jlora.load_adapter(tmp_path / "linen", tree)
+    jlora.save_adapter(tmp_path / "linen", injected, CONFIG, params=changed)
+    loaded = jlora.load_adapter(tmp_path / "linen", injected, params=tree)
     np.testing.assert_array_equal(
         injected.apply({"params": loaded}, TOKENS), injected.apply({"params": changed}, TOKENS)
     )

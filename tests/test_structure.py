@@ -14,8 +14,9 @@ PACKAGE = Path(jlora.__file__).parent
 LAYERS = [
     "errors files paths config conversion canonical adapter targets",
     "injection.registry injection.lowrank injection.plain",
-    "injection.nnx_tree injection.nnx_plain injection.nnx_sites injection.nnx",
-    "injection.params injection.linen_tree injection.linen_plain injection.linen",
+    "injection.nnx_tree injection.nnx_plain injection.nnx_sites injection.nnx_layer injection.nnx",
+    "injection.params injection.linen_tree injection.linen_layer injection.linen_plain",
+    "injection.linen",
     "injection",
     "models models.attention models.transformer models.families models.load models.gguf",
     "fetch checkpoint peft adapters",

@@ -13,7 +13,16 @@ from flax import nnx as flax_nnx
 from jlora import adapter, targets
 from jlora.config import LoraConfig
 from jlora.errors import JloraError
-from jlora.injection import linen, linen_tree, nnx, nnx_sites, nnx_tree, params, registry
+from jlora.injection import (
+    linen,
+    linen_layer,
+    linen_tree,
+    nnx,
+    nnx_sites,
+    nnx_tree,
+    params,
+    registry,
+)
 
 
 def inject(
@@ -54,6 +63,11 @@ def inject(
             adapters already, or that is itself a layer.
     """
     if isinstance(model, flax_linen.Module):
+        if rngs is not None or inputs is not None:
+            raise JloraError(
+                "rngs and inputs are for NNX models: a Linen module gets its keys and inputs in "
+                "init, of which the injected module has one"
+            )
         return linen.inject(model, config, training)
     checked = plan(model, config, inputs)
     nnx.attach(model, checked.targets, config, rngs, training, checked.whole, checked.tokens)
@@ -164,14 +178,18 @@ def register(layer: type, *, weight: str, equation: Any, bias: str | None = None
             (layer, input, *args) that gives it (NNX: also of the layer alone, for planning).
         bias: name of what it adds to the output.
 
+    Each call of such a layer that is traced is compared with the equation.
+
     Raises:
-        JloraError: no Flax module class.
+        JloraError: no Flax module class; an equation that is none.
     """
-    entry = registry.Contraction(weight=weight, form=equation, bias=bias)
+    if isinstance(equation, str):
+        registry.check_equation(equation)
+    entry = registry.Contraction(weight=weight, form=equation, bias=bias, claimed=True)
     if isinstance(layer, type) and issubclass(layer, flax_nnx.Module):
         nnx_sites.REGISTRY[layer] = entry
     elif isinstance(layer, type) and issubclass(layer, flax_linen.Module):
-        linen.REGISTRY[layer] = entry
+        linen_layer.REGISTRY[layer] = entry
     else:
         raise JloraError(f"register takes a class of Flax modules, got {layer!r}")
 
@@ -263,12 +281,15 @@ def plan_targets(model: Any, config: LoraConfig, *args: Any, **kwargs: Any) -> t
     return linen_tree.planned(injected, variables.get("params", {}))
 
 
-def planned(model: Any, tree: Any) -> tuple[targets.Plan, list[adapter.Site]]:
+def planned(
+    model: Any, tree: Any, config: LoraConfig | None = None
+) -> tuple[targets.Plan, list[adapter.Site]]:
     """What an injected Linen module that has been traced adapts, and all its sites.
 
     Args:
         model: the injected module.
         tree: its parameters.
+        config: another than the module was injected with.
 
     Raises:
         JloraError: another kind of model; one that has not been traced.
@@ -276,7 +297,26 @@ def planned(model: Any, tree: Any) -> tuple[targets.Plan, list[adapter.Site]]:
     if not isinstance(model, linen.LoraModule):
         raise JloraError(f"expected an injected Linen module, got {type(model).__name__}")
     linen_tree.demand_traced(model)
-    return linen_tree.planned(model, tree), list(model.lora.sites.values())
+    return linen_tree.planned(model, tree, config), list(model.lora.sites.values())
+
+
+def difference(model: Any, tree: Any, config: LoraConfig) -> str:
+    """Where an injected Linen module adapts otherwise than `config` says; "" where nowhere."""
+    own, _ = planned(model, tree)
+    other, _ = planned(model, tree, config)
+    ours, theirs = ({t.site.path: (t.r, t.scaling) for t in p.targets} for p in (own, other))
+    lines = [
+        f"{path} has {_rank(ours.get(path))} in the module, {_rank(theirs.get(path))} there"
+        for path in ours | theirs
+        if ours.get(path) != theirs.get(path)
+    ]
+    if (own.whole, own.tokens) != (other.whole, other.tokens):
+        lines.append("other biases, saved modules or token rows are trained")
+    return "; ".join(lines[:5]) + (f"; and {len(lines) - 5} more" if len(lines) > 5 else "")
+
+
+def _rank(target: tuple[int, Any] | None) -> str:
+    return "no adapter" if target is None else f"rank {target[0]} and scaling {target[1]:g}"
 
 
 def scalings(model: Any) -> dict[str, float | tuple[float, ...]]:

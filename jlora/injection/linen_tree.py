@@ -11,6 +11,7 @@ from flax.core import FrozenDict, meta
 
 from jlora import adapter
 from jlora.adapter import LORA_A, LORA_B, LORA_TOKENS, Site
+from jlora.config import LoraConfig
 from jlora.errors import JloraError
 from jlora.injection.params import flatten, is_trained, unflatten
 from jlora.targets import Plan, plan
@@ -26,12 +27,13 @@ def rows_of(rows: Any, path: str) -> tuple[int, ...]:
     return next((tuple(v) for k, v in rows.items() if f".{dotted}".endswith("." + k)), ())
 
 
-def planned(model: Any, params: Any) -> Plan:
+def planned(model: Any, params: Any, config: LoraConfig | None = None) -> Plan:
     """The plan of an injected module whose layers have been traced.
 
     Args:
         model: the injected module.
         params: its tree of parameters, with or without factors.
+        config: another than the module was injected with.
     """
     injection = model.lora
     flat = flatten(params)
@@ -46,9 +48,11 @@ def planned(model: Any, params: Any) -> Plan:
         parent, _, name = path.rpartition("/")
         if not is_trained(path):
             modules.setdefault(parent, {})[name] = meta.unbox(leaf).shape
-            if name == "bias":
+            if name == injection.biases.get(parent):
                 biases[parent] = name
-    checked = plan(injection.config, sites, injection.head, modules=modules, biases=biases)
+    checked = plan(
+        config or injection.config, sites, injection.head, modules=modules, biases=biases
+    )
     if differing := [target.site.path for target in checked.targets if target.layers]:
         raise JloraError(
             f"nn.scan stacks the layers of {', '.join(differing[:5])}: they are all adapted alike, "

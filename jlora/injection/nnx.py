@@ -1,8 +1,6 @@
 """Flax NNX: put factors beside weights, take them out, merge them."""
 
-import functools
-import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,18 +11,15 @@ from jlora import adapter
 from jlora.adapter import LORA_A, LORA_B, Site, Target
 from jlora.config import LoraConfig
 from jlora.errors import JloraError
-from jlora.injection import nnx_plain, registry
+from jlora.injection import nnx_plain
+from jlora.injection.nnx_layer import LoraLayer, LoraScaling, lora_class, scaling_of, set_class
 from jlora.injection.nnx_sites import REGISTRY, plain_sites, type_of
 from jlora.injection.nnx_tree import KEPT, variables
-from jlora.injection.registry import Lookup
+from jlora.paths import join
 
 
 class TrainedParam(nnx.LoRAParam):
     """A parameter of the base that is trained as a whole; its first values stay beside it."""
-
-
-class LoraScaling(nnx.Variable):
-    """The scaling of each stacked layer, float32 (layers,), where they differ."""
 
 
 def attach(
@@ -61,7 +56,7 @@ def attach(
     rngs = rngs if isinstance(rngs, nnx.Rngs) else nnx.Rngs(rngs)
     key = rngs.params()
     streams: Any = rngs.dropout if config.lora_dropout else None  # an error here changes nothing
-    by_path = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
+    by_path = {join(path): module for path, module in nnx.iter_modules(model)}
     for target in targets:
         if target.site.weight:
             _check_own_call(by_path[target.site.path], target.site.path)
@@ -93,7 +88,7 @@ def attach(
         root: Any = model
         root.lora_plain = tuple((target.site, target.scaling) for target in plainly)
         base: Any = type(model)
-        _set_class(model, nnx_plain.model_class(base))
+        set_class(model, nnx_plain.model_class(base))
     for target in targets:
         if not target.site.weight:
             continue
@@ -118,7 +113,7 @@ def attach(
     for path, rows in tokens.items():
         module = by_path[path]
         with _Added(module):
-            size = module.embedding.shape[-1]
+            size = getattr(module, type_of(module).weight).shape[-1]
             module.lora_tokens = nnx.LoRAParam(jnp.zeros((len(rows), size), jnp.float32))
             module.lora_token_indices = tuple(rows)
     for path in whole:
@@ -158,7 +153,7 @@ def _check_not_shared(model: nnx.Module, whole: Iterable[str]) -> None:
     for path, module in nnx.iter_modules(model):
         for name, value in vars(module).items():
             if isinstance(value, nnx.Param):
-                holders.setdefault(id(value), []).append("/".join(map(str, (*path, name))))
+                holders.setdefault(id(value), []).append(join((*path, name)))
     for places in holders.values():
         if len(places) > 1 and set(places) & set(whole):
             raise JloraError(
@@ -176,7 +171,7 @@ class _Added:
     def __enter__(self) -> None:
         if not isinstance(self.module, LoraLayer):
             base: Any = type(self.module)
-            _set_class(self.module, _lora_class(base))
+            set_class(self.module, lora_class(base))
 
     def __exit__(self, *error: Any) -> None:
         added = set(vars(self.module)) - self.before - {"lora_attributes"}
@@ -213,15 +208,15 @@ def eject(model: nnx.Module) -> None:
     for _, module in adapted(model):
         for name in (*module.lora_attributes, "lora_attributes"):
             delattr(module, name)
-        _set_class(module, type(module).lora_base)
+        set_class(module, type(module).lora_base)
     if isinstance(model, nnx_plain.PlainModel):
-        by_path = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
+        by_path = {join(path): module for path, module in nnx.iter_modules(model)}
         for site, _ in plain_sites(model):
             path, _, name = site.path.rpartition("/")
             for factor in (LORA_A, LORA_B):
                 delattr(by_path[path], f"{name}_{factor}")
         delattr(model, "lora_plain")
-        _set_class(model, type(model).plain_base)
+        set_class(model, type(model).plain_base)
     for _, module in nnx.iter_modules(model):
         for name in [name for name in vars(module) if name.startswith(KEPT)]:
             setattr(module, name.removeprefix(KEPT), getattr(module, name))
@@ -236,15 +231,8 @@ def adapted(model: nnx.Module) -> list[tuple[tuple, Any]]:
 def scalings(model: nnx.Module) -> dict[str, float | tuple[float, ...]]:
     """Path of each adapted layer -> the factor on its low-rank product."""
     return {
-        "/".join(map(str, path)): _scaling(module)
-        for path, module in adapted(model)
-        if hasattr(module, LORA_A)
+        join(path): scaling_of(module) for path, module in adapted(model) if hasattr(module, LORA_A)
     } | {site.path: scaling for site, scaling in plain_sites(model)}
-
-
-def _scaling(module: Any) -> float | tuple[float, ...]:
-    layers = getattr(module, "lora_layers", None)
-    return tuple(scaling for _, _, scaling in layers) if layers else module.lora_scaling
 
 
 def merge(model: nnx.Module) -> nnx.Module:
@@ -255,13 +243,13 @@ def merge(model: nnx.Module) -> nnx.Module:
         weight = getattr(module, layer_type.weight)
         value = weight.get_value().astype(jnp.float32)
         if hasattr(module, LORA_A):
-            site = layer_type.site(module, "/".join(map(str, path)), value.shape)
+            site = layer_type.site(module, join(path), value.shape)
             factors = module.lora_a.get_value(), module.lora_b.get_value()
-            value = value + adapter.delta_weight(site, *factors, _scaling(module))
+            value = value + adapter.delta_weight(site, *factors, scaling_of(module))
         if hasattr(module, "lora_tokens"):
             value = value.at[jnp.asarray(module.lora_token_indices)].add(module.lora_tokens[...])
         weight.set_value(value.astype(weight.get_value().dtype))
-    leaves = {"/".join(map(str, keys)): leaf for keys, leaf in variables(merged, nnx.Param)}
+    leaves = {join(keys): leaf for keys, leaf in variables(merged, nnx.Param)}
     for site, scaling in plain_sites(merged):
         a, b = (leaves[site.leaf(name)].get_value() for name in (LORA_A, LORA_B))
         weight = leaves[site.path]
@@ -273,74 +261,3 @@ def merge(model: nnx.Module) -> nnx.Module:
             kept.set_value(getattr(module, name.removeprefix(KEPT)).get_value())
     eject(merged)
     return merged
-
-
-class LoraLayer:
-    """What an adapted layer's class has beside the layer's own class: the low-rank term."""
-
-    __slots__ = ()
-    lora_base: type[nnx.Module]
-
-    def lora_call(self: Any, method: str, *args: Any, **kwargs: Any) -> jax.Array:
-        """The layer's own output plus the low-rank term, in the dtype of that output."""
-        own = getattr(self.lora_base, method)
-        y = own(self, *args, **kwargs)
-        if not args:  # the input was given by name
-            bound = inspect.signature(own).bind(self, **kwargs)
-            _, *args = bound.args  # type: ignore[assignment]
-            kwargs = bound.kwargs
-        x, *rest = args
-        layer_type = type_of(self)
-        if hasattr(self, LORA_A):
-            low = x
-            if self.lora_dropout and not self.deterministic and not isinstance(layer_type, Lookup):
-                low = adapter.dropout(x, self.lora_dropout, self.lora_rngs())
-            factors = self.lora_a[...], self.lora_b[...]
-            scaling = self.lora_scaling
-            if isinstance(scaling, LoraScaling):
-                scaling = scaling[...]
-                if scaling.ndim:
-                    raise JloraError(
-                        "the layers of this stack differ in rank or scaling, and the scan over it "
-                        "does not slice the scalings: let its axes be 0 for all variables, not "
-                        "for nnx.Param alone"
-                    )
-            term = layer_type.delta(self, method, (low, *rest), kwargs, factors, scaling, y.dtype)
-            y = y + term
-        if hasattr(self, "lora_tokens"):
-            rows = self.lora_tokens[...]
-            y = y + registry.token_term(method, x, self.lora_token_indices, rows, y)
-        return y
-
-    def lora_reduce(self: Any) -> tuple:
-        """The class is made at run time: pickle its base, and make it again."""
-        return _blank, (self.lora_base,), self.__getstate__()
-
-
-@functools.cache
-def _lora_class(base: Any) -> Any:
-    # The layer's own class comes first: Python lets an instance change class only between classes
-    # of one memory layout, which is that of the first base. Hence methods in the body.
-    body = {"lora_base": base, "__reduce__": LoraLayer.lora_reduce, "__module__": __name__}
-    layer_type = registry.find(REGISTRY, base)
-    assert layer_type is not None
-    for method in layer_type.methods:
-        body[method] = _call(method, getattr(base, method))
-    metaclass: Any = type(base)
-    return metaclass(f"Lora{base.__name__}", (base, LoraLayer), body)
-
-
-def _call(method: str, own: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(own)
-    def call(self: Any, *args: Any, **kwargs: Any) -> jax.Array:
-        return LoraLayer.lora_call(self, method, *args, **kwargs)
-
-    return call
-
-
-def _set_class(module: nnx.Module, cls: type) -> None:
-    object.__setattr__(module, "__class__", cls)  # NNX's own would note it as an attribute
-
-
-def _blank(base: type[nnx.Module]) -> nnx.Module:
-    return object.__new__(_lora_class(base))

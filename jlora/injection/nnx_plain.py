@@ -1,7 +1,6 @@
 """NNX models whose own code uses weights in plain parameters: found by tracing, updated in use."""
 
 import functools
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -12,6 +11,8 @@ from flax import nnx
 from jlora.adapter import LORA_A, LORA_B, Site
 from jlora.errors import JloraError
 from jlora.injection import plain
+from jlora.injection.registry import own_methods
+from jlora.paths import join
 
 # Of the models one of whose methods runs, what they know of their adapters.
 _INSIDE: ContextVar[tuple] = ContextVar("inside", default=())
@@ -31,8 +32,7 @@ def find_sites(
     weights = {
         path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
         for keys, leaf in flat
-        if (path := "/".join(map(str, keys))).rpartition("/")[0] not in known
-        and len(leaf.shape) > 1
+        if (path := join(keys)).rpartition("/")[0] not in known and len(leaf.shape) > 1
     }
     args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
     call: Any = type(model).__call__
@@ -48,9 +48,9 @@ def _functional(
     """(weights, rest, *args, **kwargs) -> (result, what the call changed), and the rest."""
     split: Any = nnx.split
     graphdef, chosen, changing, rest = split(
-        model, lambda keys, _: "/".join(map(str, keys)) in names, nnx.Not(nnx.Param), ...
+        model, lambda keys, _: join(keys) in names, nnx.Not(nnx.Param), ...
     )
-    order = [(keys, "/".join(map(str, keys))) for keys, _ in nnx.to_flat_state(chosen)]
+    order = [(keys, join(keys)) for keys, _ in nnx.to_flat_state(chosen)]
 
     def function(weights: Mapping[str, Any], given: Any, *args: Any, **kwargs: Any) -> Any:
         flat = nnx.from_flat_state([(keys, weights[path]) for keys, path in order])
@@ -75,14 +75,8 @@ class PlainModel:
 @functools.cache
 def model_class(base: Any) -> Any:
     """A subclass of a model's class whose methods see updated weights."""
-    own = {
-        name
-        for cls in base.__mro__
-        if issubclass(cls, nnx.Module) and cls is not nnx.Module
-        for name, value in vars(cls).items()
-        if inspect.isfunction(value) and (name == "__call__" or not name.startswith("_"))
-    }
-    body: dict[str, Any] = {name: _updated(getattr(base, name)) for name in own - _NNX}
+    own = own_methods(base, nnx.Module) - _NNX
+    body: dict[str, Any] = {name: _updated(getattr(base, name)) for name in own}
     body |= {"plain_base": base, "__reduce__": _reduce, "__module__": __name__}
     kind: Any = type(base)
     return kind(f"Lora{base.__name__}", (base, PlainModel), body)
@@ -103,7 +97,7 @@ def _updated(own: Callable[..., Any]) -> Callable[..., Any]:
                 "copies: Rngs and modules among its arguments would not be changed"
             )
         leaves = {
-            "/".join(map(str, keys)): leaf.get_value()
+            join(keys): leaf.get_value()
             for keys, leaf in nnx.to_flat_state(nnx.state(self, nnx.Param))
         }
         plainly: Sequence[tuple[Site, float]] = self.lora_plain

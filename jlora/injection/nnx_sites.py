@@ -13,6 +13,7 @@ from jlora.errors import JloraError
 from jlora.injection import nnx_plain, registry
 from jlora.injection.nnx_tree import variables
 from jlora.injection.registry import Contraction, Convolution, LayerType, Lookup, general
+from jlora.paths import join
 
 
 def _general(layer: nnx.LinearGeneral, x: Any = None, **kwargs: Any) -> str:
@@ -69,8 +70,15 @@ def find_sites(model: nnx.Module, inputs: Any = None) -> list[Site]:
     }
     sites = []
     for path, module, layer_type in layers(model):
-        shape = getattr(module, layer_type.weight).shape
-        site = layer_type.site(module, "/".join(map(str, path)), shape)
+        weight = getattr(module, layer_type.weight, None)
+        if weight is None:
+            raise JloraError(
+                f"{join(path)}: {type(module).__name__} is registered with the weight "
+                f"{layer_type.weight!r}, which it does not have; it has: "
+                f"{', '.join(n for n, v in vars(module).items() if isinstance(v, nnx.Variable))}"
+            )
+        shape = weight.shape
+        site = layer_type.site(module, join(path), shape)
         if site.stacked:
             stack = _stack(path, shape[: site.stacked], declared)
             site = dataclasses.replace(site, stack=stack)
@@ -97,11 +105,11 @@ def shared_weights(model: nnx.Module) -> dict[str, list[str]]:
     for path, module in nnx.iter_modules(model):
         for name, value in vars(module).items():
             if isinstance(value, nnx.Param):
-                holders.setdefault(id(value), []).append("/".join(map(str, (*path, name))))
+                holders.setdefault(id(value), []).append(join((*path, name)))
     for path, module, layer_type in layers(model):
         uses = holders.get(id(getattr(module, layer_type.weight)), [])
         if len(uses) > 1:
-            tied.setdefault("/".join(map(str, path)), []).extend(uses)
+            tied.setdefault(join(path), []).extend(uses)
     return tied
 
 
@@ -124,7 +132,7 @@ def modules(model: nnx.Module) -> dict[str, dict[str, tuple[int, ...]]]:
 def biases(model: nnx.Module) -> dict[str, str]:
     """Path of each layer that can be adapted -> the name of its bias, where it has one."""
     return {
-        "/".join(map(str, path)): layer_type.bias
+        join(path): layer_type.bias
         for path, module, layer_type in layers(model)
         if layer_type.bias and getattr(module, layer_type.bias, None) is not None
     }
@@ -146,8 +154,8 @@ def type_of(module: nnx.Module) -> LayerType:
 
 def _stack(path: tuple, sizes: tuple[int, ...], declared: set[tuple]) -> str:
     """The module above or at `path` whose layers are stacked."""
-    name = "/".join(map(str, path))
+    name = join(path)
     if len(sizes) > 1:
         raise JloraError(f"{name} has {len(sizes)} stacked axes {sizes}; one is supported")
     prefixes = (path[:depth] for depth in range(1, len(path)))
-    return next(("/".join(map(str, p)) for p in prefixes if p in declared), name)
+    return next((join(p) for p in prefixes if p in declared), name)

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jlora.paths import join
+
 KEPT = "lora_kept_"
 """Before the name of an attribute that is trained as a whole: where its first values are kept."""
 
@@ -28,13 +30,13 @@ def partition(model: nnx.Module, everything: bool) -> tuple[dict[str, Any], NnxB
     graphdef, chosen, rest = nnx.split(model, trainable, ...)  # type: ignore[misc]
     flat = nnx.to_flat_state(chosen)
     paths = tuple(path for path, _ in flat)
-    leaves = {"/".join(map(str, path)): leaf.get_value() for path, leaf in flat}
+    leaves = {join(path): leaf.get_value() for path, leaf in flat}
     return leaves, NnxBase(rest=rest, graphdef=graphdef, paths=paths)
 
 
 def combine(adapters: Mapping[str, Any], base: NnxBase) -> nnx.Module:
     """A new model that holds the given leaves; no array is copied."""
-    flat = [(path, adapters["/".join(map(str, path))]) for path in base.paths]
+    flat = [(path, adapters[join(path)]) for path in base.paths]
     # copy: new Variables (not arrays), or NNX refuses to update a random stream under jax.grad.
     return nnx.merge(base.graphdef, nnx.from_flat_state(flat), base.rest, copy=True)
 
@@ -42,7 +44,7 @@ def combine(adapters: Mapping[str, Any], base: NnxBase) -> nnx.Module:
 def update(model: nnx.Module, adapters: Mapping[str, Any]) -> None:
     """Set the values of the model's leaves by path, in place, in each leaf's own dtype."""
     for path, leaf in variables(model, nnx.Param):
-        if (value := adapters.get("/".join(map(str, path)))) is not None:
+        if (value := adapters.get(join(path))) is not None:
             leaf.set_value(jnp.asarray(value, leaf.dtype))
 
 

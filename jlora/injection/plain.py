@@ -245,6 +245,34 @@ _RULES: dict[str, Callable[[Any, list[Any]], list[Any] | None]] = lowrank.ARRAY_
 }
 
 
+def check_claim(
+    layer: type, site: Site, fn: Callable[..., Any], weight: Any, args: Any, kwargs: Any
+) -> None:
+    """Demand that a layer contracts its weight as it was registered to.
+
+    Args:
+        layer: its type.
+        site: by the registered equation.
+        fn: (weights, *args, **kwargs) -> the layer's output.
+        weight: the layer's.
+        args: of the layer's call.
+        kwargs: likewise.
+
+    Raises:
+        JloraError: it contracts other axes, or uses the weight in another way.
+    """
+    said = Use(site.contracting, site.output, site.batch)
+    found = find_uses(fn, {site.path: weight}, *args, **kwargs)[site.path]
+    if found != [said]:
+        does = [f"contracts {u.contracting}" if isinstance(u, Use) else repr(u) for u in found]
+        raise JloraError(
+            f"{site.path}: {layer.__name__} is registered as contracting axes "
+            f"{site.contracting} of {site.weight} {site.shape} with its input, for the output's "
+            f"{site.output}; what its call does with it: {', '.join(does) or 'nothing'}. Correct "
+            "the equation, or leave the layer unregistered: weights are then found by tracing"
+        )
+
+
 _ELEMENTWISE = {"mul", "add", "add_any", "sub", "div", "broadcast_in_dim", "return"}
 
 

@@ -1,6 +1,7 @@
 """How layer types use their weights; each flavour of Flax keeps a table of its own types."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
@@ -66,6 +67,8 @@ class Contraction(LayerType):
     weight: str = "kernel"
     form: str | Callable[..., str] = "...i,io->...o"
     """The equation, or what gives it for (layer, *args, **kwargs) of a call."""
+    claimed: bool = False
+    """Whether a user says so: it is then compared with what the layer's calls do."""
 
     def equation(self, layer: Any, *args: Any, **kwargs: Any) -> str:
         """Input, weight -> output."""
@@ -155,6 +158,24 @@ class Convolution(LayerType):
         return term.reshape(*low.shape[:-2], -1)
 
 
+def check_equation(equation: str) -> None:
+    """Demand "input,weight->output" in which each letter of the weight has one role.
+
+    Raises:
+        JloraError: it is something else.
+    """
+    inputs, weight, out = split_equation(equation)
+    one_each = all(len(set(term)) == len(term) for term in (inputs, weight, out))
+    whole = equation.replace(" ", "") == f"{''.join(inputs)},{''.join(weight)}->{''.join(out)}"
+    used = all((c in inputs) or (c in out) for c in weight)
+    made = all((c in inputs) or (c in weight) for c in out)
+    if not (whole and weight and one_each and used and made):
+        raise JloraError(
+            f"{equation!r} is no equation of input, weight and output, such as '...i,io->...o': "
+            "each letter of the weight is one of the input's, of the output's or of both"
+        )
+
+
 def token_term(
     method: str, x: jax.Array, indices: tuple[int, ...], rows: jax.Array, y: jax.Array
 ) -> jax.Array:
@@ -191,6 +212,17 @@ def general(ndim: int | None, axis: Iterable[int], batch: Iterable[int], outputs
     rest = "".join(free[i] for i in range(ndim) if i not in names)
     inputs = "".join(names.get(i, free[i]) for i in range(ndim))
     return f"{inputs},{shared}{ins}{outs}->{shared}{rest}{outs}"
+
+
+def own_methods(cls: type, root: type) -> set[str]:
+    """Names of the public methods that a class has beyond those of `root`, `__call__` included."""
+    return {
+        name
+        for base in cls.__mro__
+        if issubclass(base, root) and base is not root
+        for name, value in vars(base).items()
+        if inspect.isfunction(value) and (name == "__call__" or not name.startswith("_"))
+    }
 
 
 def find(table: dict[type, LayerType], cls: type) -> LayerType | None:

@@ -1,0 +1,219 @@
+"""Flax Linen: how its layer types use their weights, and what an adapted layer's call gives."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.core import meta
+
+from jlora import adapter
+from jlora.adapter import LORA_A, LORA_B, LORA_TOKENS, Site, Target
+from jlora.config import LoraConfig
+from jlora.errors import JloraError
+from jlora.injection import plain, registry
+from jlora.injection.linen_tree import rows_of
+from jlora.injection.registry import Contraction, Convolution, LayerType, Lookup, general
+from jlora.targets import Choice
+
+
+def _tuple(value: int | Iterable[int]) -> tuple[int, ...]:
+    return (value,) if isinstance(value, int) else tuple(value)
+
+
+def _general(layer: nn.DenseGeneral, x: Any = None) -> str:
+    axis, batch, features = (_tuple(v) for v in (layer.axis, layer.batch_dims, layer.features))
+    return general(None if x is None else x.ndim, axis, batch, len(features))
+
+
+def _einsum(layer: nn.Einsum, x: Any = None, einsum_str: str | None = None) -> str:
+    return einsum_str or layer.einsum_str  # type: ignore[return-value]
+
+
+def _convolve(layer: nn.Conv, x: jax.Array, kernel: jax.Array, features: int) -> jax.Array:
+    # The layer's own code on other numbers, so that padding and strides are what it makes of them.
+    other = layer.clone(parent=None, name=None, features=features, use_bias=False, mask=None)
+    return other.apply({"params": {"kernel": kernel}}, x)  # type: ignore[return-value]
+
+
+REGISTRY: dict[type, LayerType] = {
+    nn.Dense: Contraction(),
+    nn.DenseGeneral: Contraction(form=_general),
+    nn.Einsum: Contraction(form=_einsum),
+    nn.Embed: Lookup(),
+    nn.Conv: Convolution(run=_convolve),
+}
+
+
+@dataclasses.dataclass(eq=False)
+class Injection:
+    """What an injected module knows of its adapters. Clones of the module share it."""
+
+    config: LoraConfig
+    head: str | None
+    sites: dict[str, Site] = dataclasses.field(default_factory=dict)
+    """Those met so far, by path; a trace meets all. Of a stack, one layer's."""
+
+    biases: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Path of each of these that is a layer -> what its type calls its bias."""
+
+    attended: set[str] = dataclasses.field(default_factory=set)
+    """Paths of embeddings whose transpose is used by their own `attend`."""
+
+    def __post_init__(self) -> None:
+        self.choice = Choice(self.config, self.head)
+
+    def target(self, site: Site) -> Target | None:
+        """How the site is adapted, or None."""
+        return self.choice.target(site)
+
+
+# Calls of layers that have not returned.
+_CALLS: ContextVar[tuple] = ContextVar("calls", default=())
+
+
+@contextmanager
+def within(stack: ContextVar[tuple], entry: Any) -> Iterator[None]:
+    """Have `entry` on a stack for the length of a block."""
+    token = stack.set((*stack.get(), entry))
+    try:
+        yield
+    finally:
+        stack.reset(token)
+
+
+def intercept(
+    root: Any, following: Callable[..., Any], args: tuple, kwargs: dict[str, Any], context: Any
+) -> Any:
+    """One call of one layer: its own output and the terms of its adapters."""
+    layer = context.module
+    layer_type = registry.find(REGISTRY, type(layer))
+    if layer_type is None or context.method_name not in layer_type.methods:
+        return following(*args, **kwargs)
+    # nn.remat(nn.Dense), nn.vmap(nn.Dense)... are layers around a layer: the inner one is adapted.
+    call = {"path": layer.path, "adapted": False}
+    outer = next((c for c in _CALLS.get() if c["path"] == layer.path), None)
+    with within(_CALLS, call):
+        y = following(*args, **kwargs)
+    if outer is not None:
+        outer["adapted"] = True
+    weight = layer.get_variable("params", layer_type.weight)
+    if call["adapted"]:
+        return y
+    claimed = isinstance(layer_type, Contraction) and layer_type.claimed
+    if weight is None:
+        if claimed:
+            raise JloraError(
+                f"{'/'.join(layer.path)}: {type(layer).__name__} is registered with the weight "
+                f"{layer_type.weight!r}, which it does not declare itself; its parameters are: "
+                f"{', '.join(layer.variables.get('params', {})) or 'none'}"
+            )
+        return y
+    if not args:
+        bound = inspect.signature(context.orig_method).bind(**kwargs)
+        args, kwargs = bound.args, bound.kwargs
+    injection: Injection = root.lora
+    if layer.path[: len(root.path)] != root.path or layer.path == root.path:
+        return y  # a module that runs another by `apply` of its own: not in this one's tree
+    path = "/".join(layer.path[len(root.path) :])
+    shape = meta.unbox(weight).shape
+    site = layer_type.site(layer, path, shape, *args, **kwargs)
+    if claimed:
+        _check_claim(layer, site, weight, args, kwargs)
+    injection.sites[path] = site
+    if layer_type.bias:
+        injection.biases[path] = layer_type.bias
+    if context.method_name == "attend":
+        injection.attended.add(path)
+    target = injection.target(site)
+    if target is not None:
+        box = weight if isinstance(weight, meta.AxisMetadata) else None
+        factors = _factors(layer, target, injection.config, box)
+        x, *rest = args
+        if (
+            injection.config.lora_dropout
+            and not root.lora_deterministic
+            and site.kind != "embedding"
+        ):
+            x = _dropout(injection.config.lora_dropout, layer, x)
+        y = y + layer_type.delta(
+            layer, context.method_name, (x, *rest), kwargs, factors, target.scaling, y.dtype
+        )
+    rows = injection.choice.config.trainable_token_indices
+    if rows and site.kind == "embedding":
+        indices = rows_of(rows, path)
+        if indices:
+            size = (len(indices), shape[-1])
+            trained = _param(layer, LORA_TOKENS, lambda key: jnp.zeros(size, jnp.float32))
+            y = y + registry.token_term(context.method_name, args[0], indices, trained, y)
+    return y
+
+
+def _check_claim(layer: Any, site: Site, weight: Any, args: Any, kwargs: Any) -> None:
+    """Demand that a layer uses its weight as it was registered to.
+
+    Raises:
+        JloraError: it does not.
+    """
+    alone = layer.clone(parent=None, name=None)
+    rngs = {name: jax.random.key(0) for name in layer.scope.rngs}
+
+    def call(weights: Any, variables: Any, *args: Any, **kwargs: Any) -> Any:
+        box = meta.replace_boxed(weight, weights[site.path])
+        given = {**variables, "params": {**variables["params"], site.weight: box}}
+        return alone.apply(given, *args, rngs=rngs, mutable=True, **kwargs)[0]
+
+    plain.check_claim(type(layer), site, call, meta.unbox(weight), (layer.variables, *args), kwargs)
+
+
+def _factors(layer: Any, target: Target, config: LoraConfig, box: Any) -> tuple[Any, ...]:
+    """The layer's own factors; `init` makes them."""
+    site = target.site
+
+    def first(name: str) -> Callable[..., Any]:
+        def init(key: jax.Array) -> Any:
+            value = adapter.init_factors(key, target, config.init_lora_weights)[name]
+            if box is None or not hasattr(box, "names"):
+                return value
+            own = site.contracting if name == LORA_A else site.output
+            picked = (*(box.names[i] for i in site.batch), None, *(box.names[i] for i in own))
+            return dataclasses.replace(box, value=value, names=picked)
+
+        return init
+
+    return tuple(_param(layer, name, first(name)) for name in (LORA_A, LORA_B))
+
+
+def _param(layer: Any, name: str, init: Callable[..., Any]) -> jax.Array:
+    """A layer's `param` that may be asked for twice, and outside of compact methods (Embed's)."""
+    if not layer.scope.has_variable("params", name):
+        if not layer.scope.is_mutable_collection("params"):
+            raise JloraError(
+                f"{'/'.join(layer.path)} has no {name}: init of the injected module makes factors, "
+                "and jlora.combine(adapters, params) puts them into other parameters"
+            )
+        return layer.scope.param(name, init)
+    value = meta.unbox(layer.scope.get_variable("params", name))
+    wanted = meta.unbox(jax.eval_shape(init, jax.random.key(0))).shape
+    if value.shape != wanted:
+        raise JloraError(
+            f"{'/'.join(layer.path)}/{name} is {value.shape}, where the configuration that the "
+            f"module was injected with has {wanted}"
+        )
+    return value
+
+
+def _dropout(rate: float, layer: Any, x: jax.Array) -> jax.Array:
+    if not layer.has_rng("dropout"):
+        if layer.is_initializing():
+            return x
+        raise JloraError(
+            f"lora_dropout is {rate}: apply needs rngs={{'dropout': key}}; to evaluate, "
+            "module.clone(lora_deterministic=True)"
+        )
+    return adapter.dropout(x, rate, layer.make_rng("dropout"))

@@ -1,0 +1,121 @@
+"""Flax NNX: the class of an adapted layer, which adds the low-rank term to what the layer gives."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jlora import adapter
+from jlora.adapter import LORA_A
+from jlora.errors import JloraError
+from jlora.injection import plain, registry
+from jlora.injection.nnx_sites import REGISTRY, type_of
+from jlora.injection.registry import Contraction, LayerType, Lookup
+
+
+class LoraScaling(nnx.Variable):
+    """The scaling of each stacked layer, float32 (layers,), where they differ."""
+
+
+class LoraLayer:
+    """What an adapted layer's class has beside the layer's own class: the low-rank term."""
+
+    __slots__ = ()
+    lora_base: type[nnx.Module]
+
+    def lora_call(self: Any, method: str, *args: Any, **kwargs: Any) -> jax.Array:
+        """The layer's own output plus the low-rank term, in the dtype of that output."""
+        own = getattr(self.lora_base, method)
+        y = own(self, *args, **kwargs)
+        if not args:  # the input was given by name
+            bound = inspect.signature(own).bind(self, **kwargs)
+            _, *args = bound.args  # type: ignore[assignment]
+            kwargs = bound.kwargs
+        x, *rest = args
+        layer_type = type_of(self)
+        if isinstance(layer_type, Contraction) and layer_type.claimed:
+            _check_claim(self, layer_type, own, args, kwargs)
+        if hasattr(self, LORA_A):
+            low = x
+            if self.lora_dropout and not self.deterministic and not isinstance(layer_type, Lookup):
+                low = adapter.dropout(x, self.lora_dropout, self.lora_rngs())
+            factors = self.lora_a[...], self.lora_b[...]
+            scaling = self.lora_scaling
+            if isinstance(scaling, LoraScaling):
+                scaling = scaling[...]
+                if scaling.ndim:
+                    raise JloraError(
+                        "the layers of this stack differ in rank or scaling, and the scan over it "
+                        "does not slice the scalings: let its axes be 0 for all variables, not "
+                        "for nnx.Param alone"
+                    )
+            term = layer_type.delta(self, method, (low, *rest), kwargs, factors, scaling, y.dtype)
+            y = y + term
+        if hasattr(self, "lora_tokens"):
+            rows = self.lora_tokens[...]
+            y = y + registry.token_term(method, x, self.lora_token_indices, rows, y)
+        return y
+
+    def lora_reduce(self: Any) -> tuple:
+        """The class is made at run time: pickle its base, and make it again."""
+        return _blank, (self.lora_base,), self.__getstate__()
+
+
+def _check_claim(
+    layer: Any, layer_type: LayerType, own: Callable[..., Any], args: Any, kwargs: Any
+) -> None:
+    """Demand that a layer uses its weight as it was registered to.
+
+    Raises:
+        JloraError: it does not.
+    """
+    name = layer_type.weight
+    split: Any = nnx.split
+    graphdef, _, rest = split(layer, lambda keys, _: tuple(keys) == (name,), ...)
+    weight = getattr(layer, name).get_value()
+    where = type(layer).lora_base.__name__
+    site = layer_type.site(layer, where, weight.shape, *args, **kwargs)
+
+    def call(weights: Any, rest: Any, *args: Any, **kwargs: Any) -> Any:
+        chosen = nnx.from_flat_state([((name,), weights[where])])
+        return own(nnx.merge(graphdef, chosen, rest, copy=True), *args, **kwargs)
+
+    plain.check_claim(type(layer).lora_base, site, call, weight, (rest, *args), kwargs)
+
+
+@functools.cache
+def lora_class(base: Any) -> Any:
+    # The layer's own class comes first: Python lets an instance change class only between classes
+    # of one memory layout, which is that of the first base. Hence methods in the body.
+    body = {"lora_base": base, "__reduce__": LoraLayer.lora_reduce, "__module__": __name__}
+    layer_type = registry.find(REGISTRY, base)
+    assert layer_type is not None
+    for method in layer_type.methods:
+        body[method] = _call(method, getattr(base, method))
+    metaclass: Any = type(base)
+    return metaclass(f"Lora{base.__name__}", (base, LoraLayer), body)
+
+
+def _call(method: str, own: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(own)
+    def call(self: Any, *args: Any, **kwargs: Any) -> jax.Array:
+        return LoraLayer.lora_call(self, method, *args, **kwargs)
+
+    return call
+
+
+def set_class(module: nnx.Module, cls: type) -> None:
+    object.__setattr__(module, "__class__", cls)  # NNX's own would note it as an attribute
+
+
+def _blank(base: type[nnx.Module]) -> nnx.Module:
+    return object.__new__(lora_class(base))
+
+
+def scaling_of(module: Any) -> float | tuple[float, ...]:
+    """The factor on an adapted layer's low-rank product."""
+    layers = getattr(module, "lora_layers", None)
+    return tuple(scaling for _, _, scaling in layers) if layers else module.lora_scaling
