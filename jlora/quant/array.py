@@ -1,0 +1,429 @@
+"""QuantArray: a quantised weight as one value that JAX's transformations carry through."""
+
+import dataclasses
+import functools
+import logging
+import math
+from collections.abc import Callable, Iterable, Sized
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora.errors import JloraError
+from jlora.quant import blockwise
+
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+"""Of 4-bit codes: those of bitsandbytes."""
+KINDS = ("nf4", "fp4", "int8")
+_CHUNK = 4_000_000  # weights that `quantize_rows` works on at a time
+
+_log = logging.getLogger("jlora")
+
+
+class _NoAttribute(JloraError, AttributeError):
+    """So that hasattr() is False, and what is read all the same says why."""
+
+
+class _NotAnArray:
+    """Refuses what would have to dequantise, with one message for all of it."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or hasattr(type(self), name):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        raise _NoAttribute(f"{self!r} has no {name!r}. {_ADVICE}")
+
+
+_ADVICE = (
+    "It is a quantised weight, not an array. `.dequantize()` gives the array, as large as it was "
+    "before; so that a layer computes with it as it is, inject or quantise the model through "
+    "jlora, which knows its registered layer types."
+)
+_BINARY = "add sub mul matmul truediv floordiv mod pow"
+# JAX and NumPy ask for the first two, and would else say less or make an array of objects.
+_REFUSED = ["array", "jax_array", "getitem", "neg", "abs", "lt", "le", "gt", "ge"]
+_REFUSED += [prefix + name for name in _BINARY.split() for prefix in ("", "r")]
+
+
+def _refusal(name: str) -> Callable[..., Any]:
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        raise JloraError(f"{self!r} was used as an array ({name}). {_ADVICE}")
+
+    return method
+
+
+for _name in _REFUSED:
+    setattr(_NotAnArray, f"__{_name}__", _refusal(f"__{_name}__"))
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["codes", "absmax", "nested_codes", "nested_absmax", "offset"],
+    meta_fields=["kind", "block_size", "contracting", "output", "batch"]
+    + ["in_shape", "out_shape", "dtype"],
+)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class QuantArray(_NotAnArray):
+    """A weight as codes and scales; a pytree, whose leaves may have more leading axes.
+
+    Those stack layers: a scan over a QuantArray, or a vmap, gives the function that of one layer.
+    Below, *batch are these and then the weight's own batch axes, `in` and `out` the products of
+    `in_shape` and `out_shape`. The layout is that of `jlora.quant.blockwise`.
+    """
+
+    codes: Any
+    """uint8 (*batch, in_padded / 2, out); int8 (*batch, in, out) where kind is "int8"."""
+    absmax: Any
+    """float32 (*batch, blocks, out), one block where kind is "int8"; or None."""
+    nested_codes: Any
+    """Double quantisation, else None: uint8 (*batch, rows, 256), of absmax (out, blocks)."""
+    nested_absmax: Any
+    """float32 (*batch, rows), or None."""
+    offset: Any
+    """float32 (*batch,), or None."""
+    kind: str
+    """"nf4", "fp4" or "int8"."""
+    block_size: int
+    """Values of an output that have a scale; all of them where kind is "int8"."""
+    contracting: tuple[int, ...]
+    """Axes of the weight that are summed over with the input, counted from the end: negative."""
+    output: tuple[int, ...]
+    """Axes of the weight that become axes of the output, negative."""
+    batch: tuple[int, ...]
+    """Axes of the weight that input and output share, such as experts, negative."""
+    in_shape: tuple[int, ...]
+    """Sizes of the contracting axes."""
+    out_shape: tuple[int, ...]
+    """Sizes of the output axes."""
+    dtype: Any
+    """That of the weight that was quantised, and of `dequantize()`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the weight: axes that stack layers, then its own."""
+        leading, own = self._leading()
+        sizes = dict(zip(self.contracting, self.in_shape, strict=True))
+        sizes |= dict(zip(self.output, self.out_shape, strict=True))
+        sizes |= dict(zip(self.batch, own, strict=True))
+        return (*leading, *(sizes[axis] for axis in range(-len(sizes), 0)))
+
+    @property
+    def ndim(self) -> int:
+        """How many axes the weight has."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """How many numbers the weight has."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """What the codes and scales take."""
+        return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(self))
+
+    def matrix(self, dtype: Any = None) -> jax.Array:
+        """The weight as (*stack, *batch, in, out), of `dtype` or else its own."""
+        return _matrix(self, jnp.dtype(self.dtype if dtype is None else dtype))
+
+    def dequantize(self, dtype: Any = None) -> jax.Array:
+        """The weight in its own shape and order of axes, of `dtype` or else its own.
+
+        Multiplied in float32 and rounded once: on a CPU the values are those of bitsandbytes.
+        """
+        leading, own = self._leading()
+        w = self.matrix(dtype).reshape(*leading, *own, *self.in_shape, *self.out_shape)
+        order = np.argsort((*self.batch, *self.contracting, *self.output))
+        return w.transpose(*range(len(leading)), *(len(leading) + order))
+
+    def _leading(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Sizes of the axes that stack layers, and of the weight's own batch axes."""
+        leading = tuple(self.codes.shape[:-2])
+        split = len(leading) - len(self.batch)
+        return leading[:split], leading[split:]
+
+    def __repr__(self) -> str:
+        try:
+            shape = str(self.shape)
+        except Exception:  # within transformations of trees, leaves can be anything
+            shape = "unknown"
+        scales = ", double_quant" if self.nested_codes is not None else ""
+        return (
+            f"QuantArray({self.kind}, shape={shape}, dtype={self.dtype}, "
+            f"block_size={self.block_size}{scales})"
+        )
+
+
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def _matrix(q: QuantArray, dtype: Any) -> jax.Array:
+    if q.kind == "int8":
+        return blockwise.dequantize8(q.codes, q.absmax, dtype)
+    absmax = q.absmax
+    if absmax is None:
+        rows, out = q.codes.shape[-2:]
+        blocks = 2 * rows // q.block_size
+        nested = q.nested_codes, q.nested_absmax, q.offset
+        absmax = blockwise.dequantize_nested(*nested, blocks, out)
+    return blockwise.dequantize4(q.codes, absmax, q.kind, math.prod(q.in_shape), dtype)
+
+
+def quantize(
+    weight: Any,
+    *,
+    kind: str = "nf4",
+    block_size: int = 64,
+    double_quant: bool = False,
+    contracting: tuple[int, ...] = (-2,),
+    output: tuple[int, ...] = (-1,),
+    batch: tuple[int, ...] = (),
+    path: str = "",
+) -> QuantArray:
+    """Quantise a weight: NF4 and FP4 of QLoRA (arXiv:2305.14314), int8 of LLM.int8().
+
+    Args:
+        weight: NumPy or JAX array of any float dtype; axes beyond its own come first, and stack
+            layers. In a transformed function its values are not checked.
+        kind: "nf4", "fp4" or "int8" (one scale for each output).
+        block_size: values with a scale of their own, along the inputs of each output; the last
+            block is padded with zeros. Not for int8.
+        double_quant: quantise the scales too, in 8 bits. Not for int8.
+        contracting: axes that are summed over with the input, negative.
+        output: axes that become axes of the output, negative.
+        batch: axes that input and output share, negative.
+        path: of the weight, for messages.
+
+    Raises:
+        JloraError: an option does not exist or does not fit, or weights are not finite (or are
+            beyond 2**126), and how many.
+    """
+    weight = jnp.asarray(weight)
+    axes = (*batch, *contracting, *output)
+    if sorted(axes) != list(range(-len(axes), 0)) or len(axes) > weight.ndim:
+        raise JloraError(
+            f"{_at(path)}contracting {contracting}, output {output} and batch {batch} must "
+            f"together be the last axes, each once and negative, of a weight {weight.shape}"
+        )
+    _check_options(weight, kind, block_size, double_quant, path)
+    in_shape, out_shape = (tuple(weight.shape[i] for i in x) for x in (contracting, output))
+    size = math.prod(in_shape)
+    if kind == "int8":
+        block_size = size
+    _tell_of_padding(size, block_size, path)
+    children = _quantize(weight, kind, block_size, double_quant, batch, contracting, output)
+    _check_finite(children.pop("seen"), weight, path)
+    fields = contracting, output, batch, in_shape, out_shape, weight.dtype
+    return QuantArray(**children, kind=kind, block_size=block_size, **_named(*fields))
+
+
+@functools.partial(jax.jit, static_argnums=range(1, 7))
+def _quantize(
+    weight: jax.Array,
+    kind: str,
+    block_size: int,
+    double_quant: bool,
+    batch: tuple[int, ...],
+    contracting: tuple[int, ...],
+    output: tuple[int, ...],
+) -> dict[str, Any]:
+    """The children; "seen" is absmax, as they may lack it."""
+    axes = (*batch, *contracting, *output)
+    stacked = weight.ndim - len(axes)
+    order = (*range(stacked), *(weight.ndim + axis for axis in axes))
+    ins, outs = (math.prod(weight.shape[i] for i in x) for x in (contracting, output))
+    matrix = weight.transpose(order)
+    matrix = matrix.reshape(*matrix.shape[: stacked + len(batch)], ins, outs)
+    if kind == "int8":
+        codes, absmax = blockwise.quantize8(matrix)
+    else:
+        codes, absmax = blockwise.quantize4(matrix, kind, block_size)
+    nested = blockwise.quantize_nested(jnp.swapaxes(absmax, -1, -2)) if double_quant else None
+    return _children(codes, absmax, nested) | {"seen": absmax}
+
+
+def quantize_rows(
+    weight: Any,
+    *,
+    kind: str = "nf4",
+    block_size: int = 64,
+    double_quant: bool = False,
+    path: str = "",
+) -> QuantArray:
+    """Quantise a checkpoint's weight (out, in) to that of a kernel (in, out).
+
+    It works through the rows in chunks, on the CPU whatever JAX's default: the result is the same
+    everywhere, and beyond it little memory is needed. Its arrays are NumPy's.
+
+    Args:
+        weight: NumPy or JAX array (out, in), in the checkpoint's dtype.
+        kind: as for `quantize`, like all that follows.
+        block_size: as above.
+        double_quant: as above.
+        path: as above.
+
+    Raises:
+        JloraError: as `quantize`.
+    """
+    weight = np.asarray(weight)
+    _check_options(weight, kind, block_size, double_quant, path)
+    if weight.ndim != 2:
+        raise JloraError(f"{_at(path)}expected a matrix (out, in), got shape {weight.shape}")
+    out, size = weight.shape
+    if kind == "int8":
+        block_size = size
+    _tell_of_padding(size, block_size, path)
+    blocks = -(-size // block_size)
+    int8 = kind == "int8"
+    codes = (
+        empty((size, out), np.int8) if int8 else empty((blocks * block_size // 2, out), np.uint8)
+    )
+    absmax = np.empty((out, blocks), np.float32)
+    rows = min(out, max(1, _CHUNK // size))
+    with jax.default_device(_cpu()):
+        for start in range(0, out, rows):
+            start = min(start, out - rows)  # the last chunk overlaps: all have one shape
+            chunk = slice(start, start + rows)
+            own, absmax[chunk] = _quantize_rows(weight[chunk], kind, block_size)
+            _check_finite(absmax[chunk], weight[chunk], path)
+            codes[:, chunk] = np.asarray(own).reshape(rows, -1).T
+        nested = None
+        if double_quant:
+            nested = tuple(np.asarray(x) for x in jax.jit(blockwise.quantize_nested)(absmax))
+    fields = (-2,), (-1,), (), (size,), (out,), jnp.dtype(weight.dtype)
+    children = _children(codes, np.ascontiguousarray(absmax.T), nested)
+    return QuantArray(**children, kind=kind, block_size=block_size, **_named(*fields))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _quantize_rows(weight: jax.Array, kind: str, block_size: int) -> tuple[jax.Array, jax.Array]:
+    if kind == "int8":
+        return blockwise.quantize8(weight, axis=-1)
+    return blockwise.quantize4_rows(weight, kind, block_size)
+
+
+def stack(arrays: Iterable[QuantArray], count: int | None = None) -> QuantArray:
+    """QuantArrays of layers as one, on a new leading axis.
+
+    Of NumPy arrays it is filled one by one: given an iterator and its length, no two copies of
+    all layers are ever held.
+
+    Args:
+        arrays: at least one; alike but for their numbers.
+        count: how many, where `arrays` has no length.
+
+    Raises:
+        JloraError: there are none, or other than `count`, or they are not alike.
+    """
+    if count is None:
+        arrays = arrays if isinstance(arrays, Sized) else list(arrays)
+        count = len(arrays)  # type: ignore[arg-type]
+    parts: list[list[Any]] = []
+    first: Any = None
+    seen = 0
+    for seen, array in enumerate(arrays, 1):
+        leaves, structure = jax.tree.flatten(array)
+        like = structure, [(x.shape, x.dtype) for x in leaves]
+        if first is None:
+            first, name = like, repr(array)
+            buffered = all(isinstance(x, np.ndarray) for x in leaves)
+            parts = [[empty((count, *x.shape), x.dtype)] if buffered else [] for x in leaves]
+        if like != first:
+            raise JloraError(f"cannot stack {array!r}, number {seen}, on the first, {name}")
+        if seen > count:
+            break
+        for part, leaf in zip(parts, leaves, strict=True):
+            if buffered:
+                part[0][seen - 1] = leaf
+            else:
+                part.append(leaf)
+    if not seen or seen != count:
+        raise JloraError(
+            f"stack needs as many QuantArrays as said, and one at least: {count=}, got {seen}"
+        )
+    whole = [part[0] if buffered else jnp.stack(part) for part in parts]
+    return jax.tree.unflatten(first[0], whole)
+
+
+def unstack(array: QuantArray) -> list[QuantArray]:
+    """The layers of a QuantArray that stacks them on its first axis; the inverse of `stack`."""
+    if array.codes.ndim - len(array.batch) <= 2:
+        raise JloraError(f"{array!r} has no axis that stacks layers")
+    return [jax.tree.map(lambda x, i=i: x[i], array) for i in range(array.codes.shape[0])]
+
+
+def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array for JAX to take over without a copy, which on a CPU wants 64-byte alignment."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _children(codes: Any, absmax: Any, nested: Any) -> dict[str, Any]:
+    nested_codes, nested_absmax, offset = nested or (None, None, None)
+    return {
+        "codes": codes,
+        "absmax": None if nested else absmax,
+        "nested_codes": nested_codes,
+        "nested_absmax": nested_absmax,
+        "offset": offset,
+    }
+
+
+def _named(*fields: Any) -> dict[str, Any]:
+    names = "contracting", "output", "batch", "in_shape", "out_shape", "dtype"
+    return dict(zip(names, fields, strict=True))
+
+
+def _check_options(weight: Any, kind: str, block_size: int, double: bool, path: str) -> None:
+    wrong = []
+    if kind not in KINDS:
+        wrong.append(f"kind {kind!r} is none of {', '.join(KINDS)}")
+    elif kind == "int8" and double:
+        wrong.append("double_quant is for nf4 and fp4: int8 has one scale for each output")
+    elif kind != "int8" and block_size not in BLOCK_SIZES:
+        wrong.append(f"block_size {block_size} is none of {', '.join(map(str, BLOCK_SIZES))}")
+    if not jnp.issubdtype(weight.dtype, jnp.floating):
+        wrong.append(f"weights are {weight.dtype}, and only floats are quantised")
+    if not math.prod(weight.shape):
+        wrong.append(f"a weight of shape {weight.shape} is empty")
+    if wrong:
+        raise JloraError(_at(path) + "; ".join(wrong))
+
+
+def _check_finite(absmax: Any, weight: Any, path: str) -> None:
+    if isinstance(absmax, jax.core.Tracer):
+        return
+    if not (np.asarray(absmax) <= blockwise.LARGEST).all():  # not a number is not less, either
+        magnitude = np.abs(np.asarray(weight, np.float32))
+        strange, large = int((~np.isfinite(magnitude)).sum()), int((magnitude > 2.0**126).sum())
+        raise JloraError(
+            f"{_at(path)}{strange} of {magnitude.size} weights are infinite or not numbers, and "
+            f"{large - int(np.isinf(magnitude).sum())} are beyond 2**126: no scale can stand for "
+            "them. Was the checkpoint cut short, or written by a run that diverged?"
+        )
+
+
+@functools.cache  # said once for weights of a shape
+def _tell_of_padding(size: int, block_size: int, path: str) -> None:
+    if size % block_size:
+        _log.warning(
+            "%s%d inputs are not a multiple of block_size %d: the last block of each output is "
+            "padded with zeros. bitsandbytes lets blocks run on into the next output, so that its "
+            "scales differ here, and this weight cannot be written in its layout",
+            _at(path),
+            size,
+            block_size,
+        )
+
+
+def _at(path: str) -> str:
+    return f"{path}: " if path else ""
+
+
+def _cpu() -> Any:
+    """The host's own device, or None where JAX was started without."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None

@@ -1,0 +1,1 @@
+"""bitsandbytes' layout of quantised weights in safetensors files."""
