@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jlora import config, conversion
+from jlora import commands, config, conversion
 from jlora.errors import JloraError, nearest
 
 USAGE = """\
@@ -33,14 +33,14 @@ usage: jlora COMMAND [flags]        jlora COMMAND --help lists a command's flags
 # Imports stand inside the commands, each of which needs only some of the package.
 
 
-def fetch(settings: config.FetchConfig) -> None:
+def fetch(settings: commands.FetchConfig) -> None:
     """Download what is asked for, unless it is there."""
     from jlora import fetch
 
     fetch.fetch(settings.name, settings.to)
 
 
-def convert(settings: config.ConvertConfig) -> None:
+def convert(settings: commands.ConvertConfig) -> None:
     """Convert a GGUF file."""
     from jlora.models import gguf
 
@@ -56,7 +56,7 @@ def train(settings: config.TrainConfig) -> None:
     print(json.dumps(report, indent=2))
 
 
-def evaluate(settings: config.EvaluateConfig) -> None:
+def evaluate(settings: commands.EvaluateConfig) -> None:
     """Print a JSON object of measures."""
     from jlora import evaluate, injection
     from jlora.data import chat, source
@@ -87,7 +87,7 @@ def evaluate(settings: config.EvaluateConfig) -> None:
     print(json.dumps(result, indent=2))
 
 
-def generate(settings: config.GenerateConfig) -> None:
+def generate(settings: commands.GenerateConfig) -> None:
     """Print the answer to each prompt."""
     from jlora.data import chat
     from jlora.generation import generate, stop_ids
@@ -114,7 +114,7 @@ def generate(settings: config.GenerateConfig) -> None:
         print(tokenizer.decode(answer.tolist(), skip_special_tokens=True))
 
 
-def export(settings: config.ExportConfig) -> None:
+def export(settings: commands.ExportConfig) -> None:
     """Write a PEFT directory from a run's newest checkpoint."""
     from jlora import adapters, peft
     from jlora.models import load
@@ -129,7 +129,7 @@ def export(settings: config.ExportConfig) -> None:
     print(f"wrote {settings.to}")
 
 
-def inspect(settings: config.InspectConfig) -> None:
+def inspect(settings: commands.InspectConfig) -> None:
     """Print what would be trained: path, shape, rank, alpha and parameters; and PEFT's summary."""
     from jlora import injection
     from jlora.models import load
@@ -178,13 +178,13 @@ def _ranges(numbers: Iterable[int]) -> str:
 
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
-    "fetch": (config.FetchConfig, fetch),
-    "convert": (config.ConvertConfig, convert),
+    "fetch": (commands.FetchConfig, fetch),
+    "convert": (commands.ConvertConfig, convert),
     "train": (config.TrainConfig, train),
-    "eval": (config.EvaluateConfig, evaluate),
-    "generate": (config.GenerateConfig, generate),
-    "export": (config.ExportConfig, export),
-    "inspect": (config.InspectConfig, inspect),
+    "eval": (commands.EvaluateConfig, evaluate),
+    "generate": (commands.GenerateConfig, generate),
+    "export": (commands.ExportConfig, export),
+    "inspect": (commands.InspectConfig, inspect),
 }
 
 

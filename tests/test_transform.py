@@ -80,7 +80,7 @@ def assert_close(
 def injected(case: Case) -> tuple[Any, dict[str, jax.Array], Any, Callable[..., jax.Array]]:
     """The injected model, its factors, the base of `partition`, and the output for such."""
     base, weights, _ = case.base()
-    model = jlora.inject(base, CONFIG, rngs=nnx.Rngs(5))
+    model = jlora.inject(base, CONFIG, rngs=nnx.Rngs(5) if case.flavour == "nnx" else None)
     if case.flavour == "nnx":
         return model, *jlora.partition(model), lambda f, x, rest: jlora.combine(f, rest)(x)
     tree = jax.jit(model.init)(jax.random.key(0), case.inputs)["params"]

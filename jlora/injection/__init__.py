@@ -11,13 +11,14 @@ from flax import linen as flax_linen
 from flax import nnx as flax_nnx
 
 from jlora import adapter, targets
-from jlora.config import LoraConfig
+from jlora.config import LoraConfig, QuantConfig
 from jlora.errors import JloraError
 from jlora.injection import (
     linen,
     linen_layer,
     linen_tree,
     nnx,
+    nnx_quant,
     nnx_sites,
     nnx_tree,
     params,
@@ -103,6 +104,44 @@ def merge(model: Any, params: Any = None) -> Any:
             f"merge takes a tree for injected Linen modules, not {type(model).__name__}"
         )
     return nnx.merge(_nnx(model))
+
+
+def quantize(model: Any, config: QuantConfig | None = None, *, params: Any = None) -> Any:
+    """Quantise the weights of chosen linear layers, each as soon as it is met.
+
+    Args:
+        model: an NNX model that is not injected yet, changed in place; or an injected Linen module
+            that has been traced (by `init`, say), which then computes with quantised weights.
+        config: which layers, and how; None means QuantConfig().
+        params: the Linen module's tree of parameters.
+
+    Returns:
+        NNX: the same model; Linen: a new tree.
+
+    Raises:
+        JloraError: patterns that match nothing, what cannot be quantised or is already, weights
+            that are not finite.
+    """
+    config = config or QuantConfig()
+    if isinstance(model, flax_linen.Module):
+        if not isinstance(model, linen.LoraModule) or params is None:
+            raise JloraError("quantize takes an injected Linen module and its tree: params=tree")
+        return linen_tree.quantize(model, params, config)
+    nnx_quant.quantize(_nnx(model), to_quantise(model, config), config)
+    return model
+
+
+def to_quantise(model: Any, config: QuantConfig) -> list[adapter.Site]:
+    """The sites of an NNX model, abstract or not, whose weights `config` quantises.
+
+    Raises:
+        JloraError: the model is injected already; patterns that match nothing.
+    """
+    if nnx.adapted(model):
+        raise JloraError("the model holds adapters already: quantise it first, then inject")
+    found = nnx_sites.find_sites(model)
+    head = nnx_sites.output_head(model) or targets.head_among(found)
+    return targets.to_quantise(config, found, head)
 
 
 def partition(model: Any, *, everything: bool = False) -> tuple[dict[str, Any], Any]:

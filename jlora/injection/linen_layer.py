@@ -19,7 +19,8 @@ from jlora.errors import JloraError
 from jlora.injection import plain, registry
 from jlora.injection.linen_tree import rows_of
 from jlora.injection.registry import Contraction, Convolution, LayerType, Lookup, general
-from jlora.targets import Choice
+from jlora.matching import Choice
+from jlora.quant.array import QuantArray
 
 
 def _tuple(value: int | Iterable[int]) -> tuple[int, ...]:
@@ -99,7 +100,8 @@ def intercept(
     call = {"path": layer.path, "adapted": False}
     outer = next((c for c in _CALLS.get() if c["path"] == layer.path), None)
     with within(_CALLS, call):
-        y = following(*args, **kwargs)
+        y = _quantised(layer, layer_type, context.orig_method, args, kwargs)
+        y = following(*args, **kwargs) if y is None else y
     if outer is not None:
         outer["adapted"] = True
     weight = layer.get_variable("params", layer_type.weight)
@@ -123,7 +125,7 @@ def intercept(
     path = "/".join(layer.path[len(root.path) :])
     shape = meta.unbox(weight).shape
     site = layer_type.site(layer, path, shape, *args, **kwargs)
-    if claimed:
+    if claimed and not isinstance(weight, QuantArray):
         _check_claim(layer, site, weight, args, kwargs)
     injection.sites[path] = site
     if layer_type.bias:
@@ -152,6 +154,19 @@ def intercept(
             trained = _param(layer, LORA_TOKENS, lambda key: jnp.zeros(size, jnp.float32))
             y = y + registry.token_term(context.method_name, args[0], indices, trained, y)
     return y
+
+
+def _quantised(
+    layer: Any, layer_type: LayerType, own: Callable[..., Any], args: Any, kwargs: Any
+) -> jax.Array | None:
+    """The layer's output if its weight is quantised and it is not one around another layer."""
+    q = layer.get_variable("params", layer_type.weight)
+    known: Any = next(cls for cls in type(layer).__mro__ if REGISTRY.get(cls) is layer_type)
+    if not isinstance(q, QuantArray) or type(layer).__call__ is not known.__call__:
+        return None
+    bound = inspect.signature(own).bind(*args, **kwargs)
+    bias = layer.get_variable("params", layer_type.bias) if layer_type.bias else None
+    return layer_type.quantised(layer, meta.unbox(q), meta.unbox(bias), bound.args, bound.kwargs)
 
 
 def _check_claim(layer: Any, site: Site, weight: Any, args: Any, kwargs: Any) -> None:

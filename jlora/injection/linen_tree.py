@@ -11,10 +11,12 @@ from flax.core import FrozenDict, meta
 
 from jlora import adapter
 from jlora.adapter import LORA_A, LORA_B, LORA_TOKENS, Site
-from jlora.config import LoraConfig
+from jlora.config import LoraConfig, QuantConfig
 from jlora.errors import JloraError
+from jlora.injection import registry
 from jlora.injection.params import flatten, is_trained, unflatten
-from jlora.targets import Plan, plan
+from jlora.quant.array import QuantArray
+from jlora.targets import Plan, plan, to_quantise
 
 LORA_ADDED = "lora_added_"  # before the name of a leaf of the base: what is added to it
 
@@ -37,13 +39,9 @@ def planned(model: Any, params: Any, config: LoraConfig | None = None) -> Plan:
     """
     injection = model.lora
     flat = flatten(params)
-    sites: list[Site] = []
+    sites = sites_of(model, flat)
     modules: dict[str, dict[str, tuple[int, ...]]] = {}
     biases: dict[str, str] = {}
-    for site in injection.sites.values():
-        leaf = flat.get(site.weight_path)
-        if leaf is not None:  # else it is of a clone of the module with other fields
-            sites.append(stacked(site, meta.unbox(leaf).shape))
     for path, leaf in flat.items():
         parent, _, name = path.rpartition("/")
         if not is_trained(path):
@@ -59,6 +57,48 @@ def planned(model: Any, params: Any, config: LoraConfig | None = None) -> Plan:
             "and layers_to_transform and patterns cannot tell them apart"
         )
     return checked
+
+
+def sites_of(model: Any, flat: Mapping[str, Any]) -> list[Site]:
+    """The sites of a module that has been traced, with the stacks that its flat tree shows."""
+    return [
+        stacked(site, meta.unbox(flat[site.weight_path]).shape)
+        for site in model.lora.sites.values()
+        if site.weight_path in flat  # else it is of a clone of the module with other fields
+    ]
+
+
+def quantize(model: Any, params: Any, config: QuantConfig) -> Any:
+    """The tree of an injected module that has been traced, with quantised weights.
+
+    Boxes (nn.Partitioned) of a weight are put around each array of its quantised form.
+
+    Raises:
+        JloraError: what is chosen is no linear layer, or is quantised already.
+    """
+    demand_traced(model)
+    flat = flatten(params)
+    for site in to_quantise(config, sites_of(model, flat), model.lora.head):
+        box = flat[site.weight_path]
+        if isinstance(meta.unbox(box), QuantArray):
+            raise JloraError(f"{site.path} is quantised already")
+        q = registry.quantize(site, meta.unbox(box), config)
+        flat[site.weight_path] = _boxed(q, box) if isinstance(box, meta.AxisMetadata) else q
+    tree = unflatten(flat)
+    return FrozenDict(tree) if isinstance(params, FrozenDict) else tree
+
+
+def _boxed(q: QuantArray, box: Any) -> QuantArray:
+    """Each child in a box like that of the weight, with the names of the axes that it has."""
+    if not hasattr(box, "names"):
+        return jax.tree.map(box.replace_boxed, q)
+    specs = q.specs(box.names)
+    return jax.tree.map(
+        lambda x, names: dataclasses.replace(box, value=x, names=names),
+        q,
+        specs,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
 
 
 def demand_traced(model: Any) -> None:
@@ -139,6 +179,8 @@ def merge(model: Any, params: Any) -> Any:
         )
     for target in targets:
         site, box = target.site, flat[target.site.weight_path]
+        if isinstance(box, QuantArray):
+            box = meta.unbox(box).dequantize()
         a, b = (meta.unbox(flat[site.leaf(name)]) for name in (LORA_A, LORA_B))
         update = adapter.delta_weight(site, a, b, target.scaling)
         flat[site.weight_path] = jax.tree.map(functools.partial(_plus, update=update), box)

@@ -11,11 +11,13 @@ from jlora import adapter
 from jlora.adapter import LORA_A, LORA_B, Site, Target
 from jlora.config import LoraConfig
 from jlora.errors import JloraError
-from jlora.injection import nnx_plain
+from jlora.injection import nnx_plain, nnx_quant
 from jlora.injection.nnx_layer import LoraLayer, LoraScaling, lora_class, scaling_of, set_class
-from jlora.injection.nnx_sites import REGISTRY, plain_sites, type_of
+from jlora.injection.nnx_sites import REGISTRY, holders, plain_sites, type_of
 from jlora.injection.nnx_tree import KEPT, variables
+from jlora.injection.registry import float32
 from jlora.paths import join
+from jlora.quant.array import QuantArray
 
 
 class TrainedParam(nnx.LoRAParam):
@@ -60,7 +62,7 @@ def attach(
     for target in targets:
         if target.site.weight:
             _check_own_call(by_path[target.site.path], target.site.path)
-    _check_not_shared(model, whole)
+    _check_whole(model, whole)
     plainly = [target for target in targets if not target.site.weight]
     if plainly and config.lora_dropout:
         raise JloraError(
@@ -135,26 +137,28 @@ def _check_own_call(module: Any, path: str) -> None:
     """
     layer_type = type_of(module)
     known: Any = next(cls for cls in type(module).__mro__ if REGISTRY.get(cls) is layer_type)
+    own: Any = getattr(type(module), "quant_base", type(module))
     for method in layer_type.methods:
-        if getattr(type(module), method) is not getattr(known, method):
+        if getattr(own, method) is not getattr(known, method):
             raise JloraError(
                 f"{path}: {type(module).__name__} overrides {method} of {known.__name__}; say how "
                 "it uses its weight with jlora.register, or exclude it"
             )
 
 
-def _check_not_shared(model: nnx.Module, whole: Iterable[str]) -> None:
-    """Demand that parameters that are trained as a whole are held by one module alone.
+def _check_whole(model: nnx.Module, whole: Iterable[str]) -> None:
+    """Demand that parameters that are trained as a whole are arrays, held by one module alone.
 
     Raises:
         JloraError: some are not.
     """
-    holders: dict[int, list[str]] = {}
-    for path, module in nnx.iter_modules(model):
-        for name, value in vars(module).items():
-            if isinstance(value, nnx.Param):
-                holders.setdefault(id(value), []).append(join((*path, name)))
-    for places in holders.values():
+    leaves = {join(keys): leaf.get_value() for keys, leaf in variables(model, nnx.Param)}
+    if packed := [path for path in whole if isinstance(leaves.get(path), QuantArray)]:
+        raise JloraError(
+            f"{', '.join(packed[:5])}: what is quantised cannot be trained as a whole; leave it "
+            "out of modules_to_save, or of what is quantised (QuantConfig.exclude_modules)"
+        )
+    for places in holders(model).values():
         if len(places) > 1 and set(places) & set(whole):
             raise JloraError(
                 f"{' and '.join(places)} are one parameter, which cannot be trained at one of them "
@@ -241,14 +245,14 @@ def merge(model: nnx.Module) -> nnx.Module:
     for path, module in adapted(merged):
         layer_type = type_of(module)
         weight = getattr(module, layer_type.weight)
-        value = weight.get_value().astype(jnp.float32)
+        value, dtype = float32(weight.get_value()), weight.get_value().dtype
         if hasattr(module, LORA_A):
             site = layer_type.site(module, join(path), value.shape)
             factors = module.lora_a.get_value(), module.lora_b.get_value()
             value = value + adapter.delta_weight(site, *factors, scaling_of(module))
         if hasattr(module, "lora_tokens"):
             value = value.at[jnp.asarray(module.lora_token_indices)].add(module.lora_tokens[...])
-        weight.set_value(value.astype(weight.get_value().dtype))
+        weight.set_value(value.astype(dtype))
     leaves = {join(keys): leaf for keys, leaf in variables(merged, nnx.Param)}
     for site, scaling in plain_sites(merged):
         a, b = (leaves[site.leaf(name)].get_value() for name in (LORA_A, LORA_B))
@@ -260,4 +264,5 @@ def merge(model: nnx.Module) -> nnx.Module:
             kept = getattr(module, name)
             kept.set_value(getattr(module, name.removeprefix(KEPT)).get_value())
     eject(merged)
+    nnx_quant.unmark_arrays(merged)
     return merged

@@ -12,6 +12,7 @@ from jlora import adapter
 from jlora.adapter import LORA_A
 from jlora.errors import JloraError
 from jlora.injection import plain, registry
+from jlora.injection.nnx_quant import QuantLayer, quant_class
 from jlora.injection.nnx_sites import REGISTRY, type_of
 from jlora.injection.registry import Contraction, LayerType, Lookup
 
@@ -36,7 +37,8 @@ class LoraLayer:
             kwargs = bound.kwargs
         x, *rest = args
         layer_type = type_of(self)
-        if isinstance(layer_type, Contraction) and layer_type.claimed:
+        quantised = issubclass(self.lora_base, QuantLayer)
+        if isinstance(layer_type, Contraction) and layer_type.claimed and not quantised:
             _check_claim(self, layer_type, own, args, kwargs)
         if hasattr(self, LORA_A):
             low = x
@@ -61,7 +63,8 @@ class LoraLayer:
 
     def lora_reduce(self: Any) -> tuple:
         """The class is made at run time: pickle its base, and make it again."""
-        return _blank, (self.lora_base,), self.__getstate__()
+        own = getattr(self.lora_base, "quant_base", None)
+        return _blank, (own or self.lora_base, own is not None), self.__getstate__()
 
 
 def _check_claim(
@@ -111,8 +114,8 @@ def set_class(module: nnx.Module, cls: type) -> None:
     object.__setattr__(module, "__class__", cls)  # NNX's own would note it as an attribute
 
 
-def _blank(base: type[nnx.Module]) -> nnx.Module:
-    return object.__new__(lora_class(base))
+def _blank(base: type[nnx.Module], quantised: bool) -> nnx.Module:
+    return object.__new__(lora_class(quant_class(base) if quantised else base))
 
 
 def scaling_of(module: Any) -> float | tuple[float, ...]:

@@ -101,16 +101,22 @@ def shared_weights(model: nnx.Module) -> dict[str, list[str]]:
     variable, and what the model's `tied_weights` says (path of a layer -> its other use).
     """
     tied = {path: [use] for path, use in getattr(model, "tied_weights", {}).items()}
-    holders: dict[int, list[str]] = {}
-    for path, module in nnx.iter_modules(model):
-        for name, value in vars(module).items():
-            if isinstance(value, nnx.Param):
-                holders.setdefault(id(value), []).append(join((*path, name)))
+    held = holders(model)
     for path, module, layer_type in layers(model):
-        uses = holders.get(id(getattr(module, layer_type.weight)), [])
+        uses = held.get(id(getattr(module, layer_type.weight)), [])
         if len(uses) > 1:
             tied.setdefault(join(path), []).extend(uses)
     return tied
+
+
+def holders(model: nnx.Module) -> dict[int, list[str]]:
+    """Id of each parameter -> the paths at which modules hold it."""
+    found: dict[int, list[str]] = {}
+    for path, module in nnx.iter_modules(model):
+        for name, value in vars(module).items():
+            if isinstance(value, nnx.Param):
+                found.setdefault(id(value), []).append(join((*path, name)))
+    return found
 
 
 def output_head(model: nnx.Module) -> str | None:

@@ -10,7 +10,10 @@ import jax.numpy as jnp
 
 from jlora import adapter
 from jlora.adapter import Site, split_equation
+from jlora.config import QuantConfig
 from jlora.errors import JloraError
+from jlora.quant import array, matmul
+from jlora.quant.array import QuantArray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +62,19 @@ class LayerType:
         equation = self.equation(layer, *args, **kwargs)
         return adapter.delta(args[0], *factors, scaling, dtype, equation)
 
+    def quantised(
+        self, layer: Any, q: QuantArray, bias: Any, args: tuple, kwargs: dict[str, Any]
+    ) -> jax.Array:
+        """The layer's whole output for a quantised weight, which its own code could not read.
+
+        Raises:
+            JloraError: a type whose weight cannot be quantised.
+        """
+        raise JloraError(
+            f"the weight of {type(layer).__name__} cannot be quantised: only those of layers that "
+            "are an einsum of their input and their weight are"
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Contraction(LayerType):
@@ -73,6 +89,25 @@ class Contraction(LayerType):
     def equation(self, layer: Any, *args: Any, **kwargs: Any) -> str:
         """Input, weight -> output."""
         return self.form if isinstance(self.form, str) else self.form(layer, *args, **kwargs)
+
+    def quantised(
+        self, layer: Any, q: QuantArray, bias: Any, args: tuple, kwargs: dict[str, Any]
+    ) -> jax.Array:
+        """The einsum and the bias, in the dtype and precision of Flax's own layers."""
+        equation = self.equation(layer, *args, **kwargs)
+        dtypes = (args[0].dtype, q.dtype, *(() if bias is None else (bias.dtype,)))
+        own = getattr(layer, "dtype", None)
+        dtype = jnp.result_type(*dtypes) if own is None else own
+        precision = getattr(layer, "precision", None)
+        y = matmul.contract(args[0], q, equation, dtype=dtype, precision=precision)
+        if bias is None:
+            return y
+        _, weight, out = split_equation(equation)
+        at = out.index("...") if "..." in out else len(out)
+        out[at : at + 1] = "." * (y.ndim - len(out) + 1) if "..." in out else ""
+        # A bias has the axes that the output has from the weight, in the output's order.
+        own_axes = [size if c in weight else 1 for c, size in zip(out, y.shape, strict=True)]
+        return y + bias.astype(dtype).reshape(own_axes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +191,31 @@ class Convolution(LayerType):
         low = low.reshape(*low.shape[:-1], groups, r) * jnp.asarray(scaling, dtype)
         term = jnp.einsum("...gr,rgo->...go", low, lora_b.astype(dtype).reshape(r, groups, -1))
         return term.reshape(*low.shape[:-2], -1)
+
+
+def quantize(site: Site, weight: Any, config: QuantConfig) -> QuantArray:
+    """A site's weight, stacked or not, as `config` says."""
+    ndim, own = len(site.shape), site.batch[site.stacked :]
+    contracting, output, batch = (
+        tuple(axis - ndim for axis in axes) for axes in (site.contracting, site.output, own)
+    )
+    return array.quantize(
+        weight,
+        kind=config.kind,
+        block_size=config.block_size,
+        double_quant=config.double_quant,
+        contracting=contracting,
+        output=output,
+        batch=batch,
+        path=site.path,
+    )
+
+
+def float32(weight: Any) -> jax.Array:
+    """A weight, quantised or not, in float32."""
+    if isinstance(weight, QuantArray):
+        return weight.dequantize(jnp.float32)
+    return weight.astype(jnp.float32)
 
 
 def check_equation(equation: str) -> None:
