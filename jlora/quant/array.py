@@ -210,7 +210,8 @@ def quantize(
     children, absmax = _quantize(weight, *options)
     checks.finite(absmax, weight, path)
     places = contracting, output, batch, in_shape, out_shape, weight.dtype
-    return QuantArray(*children, kind, block_size, *places)
+    fields: tuple[Any, ...] = (*children, kind, block_size, *places)
+    return QuantArray(*fields)
 
 
 @functools.partial(jax.jit, static_argnums=range(1, 7))

@@ -19,7 +19,7 @@ from jlora.quant.codebooks import decode4, dynamic_map, encode4, encode8
 NESTED_BLOCK = 256
 LARGEST = 2.0**126
 """Weights beyond this have scales whose reciprocal is subnormal."""
-_ZERO = 127  # the dynamic map's
+NESTED_ZERO = 127  # its code in the dynamic map
 _NIBBLES = np.array([1, 16]).reshape(2, 1, 1)  # by plane: the low nibbles, then the high ones
 _FINITE = jnp.finfo(jnp.float32).max
 _INT8_STEP = 7.874015718698502e-3  # what bitsandbytes multiplies by, for 1 / 127
@@ -115,7 +115,7 @@ def quantize_nested(absmax: Array, offset: Array | None = None) -> tuple[Array, 
     codes = encode8(jnp.clip(rows * _reciprocal(scale)[..., None], -1, 1))
     codes = jnp.where(scale[..., None] > 0, codes, jnp.uint8(0))  # as bitsandbytes has it
     used = jnp.arange(flat.shape[-1] + padding).reshape(-1, NESTED_BLOCK) < flat.shape[-1]
-    return jnp.where(used, codes, jnp.uint8(_ZERO)), scale, offset
+    return jnp.where(used, codes, jnp.uint8(NESTED_ZERO)), scale, offset
 
 
 def dequantize_nested(codes: Array, absmax: Array, offset: Array, blocks: int, out: int) -> Array:
