@@ -2,9 +2,8 @@
 
 import dataclasses
 import functools
-import logging
 import math
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -12,17 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.errors import JloraError
-from jlora.quant import blockwise
+from jlora.quant import blockwise, checks
 
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-"""Of 4-bit codes: those of bitsandbytes."""
-KINDS = ("nf4", "fp4", "int8")
 _CHUNK = 4_000_000  # weights that `quantize_rows` works on at a time
 
-_log = logging.getLogger("jlora")
 
-
-class _NoAttribute(JloraError, AttributeError):
+class _NoAttributeError(JloraError, AttributeError):
     """So that hasattr() is False, and what is read all the same says why."""
 
 
@@ -32,7 +26,7 @@ class _NotAnArray:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or hasattr(type(self), name):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        raise _NoAttribute(f"{self!r} has no {name!r}. {_ADVICE}")
+        raise _NoAttributeError(f"{self!r} has no {name!r}. {_ADVICE}")
 
 
 _ADVICE = (
@@ -57,11 +51,13 @@ for _name in _REFUSED:
     setattr(_NotAnArray, f"__{_name}__", _refusal(f"__{_name}__"))
 
 
+_PLACES = ("contracting", "output", "batch", "in_shape", "out_shape", "dtype")
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["codes", "absmax", "nested_codes", "nested_absmax", "offset"],
-    meta_fields=["kind", "block_size", "contracting", "output", "batch"]
-    + ["in_shape", "out_shape", "dtype"],
+    meta_fields=["kind", "block_size", *_PLACES],
 )
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class QuantArray(_NotAnArray):
@@ -201,19 +197,21 @@ def quantize(
     axes = (*batch, *contracting, *output)
     if sorted(axes) != list(range(-len(axes), 0)) or len(axes) > weight.ndim:
         raise JloraError(
-            f"{_at(path)}contracting {contracting}, output {output} and batch {batch} must "
+            f"{checks.at(path)}contracting {contracting}, output {output} and batch {batch} must "
             f"together be the last axes, each once and negative, of a weight {weight.shape}"
         )
-    _check_options(weight, kind, block_size, double_quant, path)
+    checks.options(weight, kind, block_size, double_quant, path)
     in_shape, out_shape = (tuple(weight.shape[i] for i in x) for x in (contracting, output))
     size = math.prod(in_shape)
     if kind == "int8":
         block_size = size
-    _tell_of_padding(size, block_size, path)
-    children = _quantize(weight, kind, block_size, double_quant, batch, contracting, output)
-    _check_finite(children.pop("seen"), weight, path)
-    fields = contracting, output, batch, in_shape, out_shape, weight.dtype
-    return QuantArray(**children, kind=kind, block_size=block_size, **_named(*fields))
+    checks.padding(size, block_size, path)
+    options = kind, block_size, double_quant, batch, contracting, output
+    children, absmax = _quantize(weight, *options)
+    checks.finite(absmax, weight, path)
+    places = contracting, output, batch, in_shape, out_shape, weight.dtype
+    fields: tuple[Any, ...] = (*children, kind, block_size, *places)
+    return QuantArray(*fields)
 
 
 @functools.partial(jax.jit, static_argnums=range(1, 7))
@@ -225,8 +223,8 @@ def _quantize(
     batch: tuple[int, ...],
     contracting: tuple[int, ...],
     output: tuple[int, ...],
-) -> dict[str, Any]:
-    """The children; "seen" is absmax, as they may lack it."""
+) -> tuple[Any, jax.Array]:
+    """The children, and absmax: they may lack it."""
     axes = (*batch, *contracting, *output)
     stacked = weight.ndim - len(axes)
     order = (*range(stacked), *(weight.ndim + axis for axis in axes))
@@ -238,7 +236,7 @@ def _quantize(
     else:
         codes, absmax = blockwise.quantize4(matrix, kind, block_size)
     nested = blockwise.quantize_nested(jnp.swapaxes(absmax, -1, -2)) if double_quant else None
-    return _children(codes, absmax, nested) | {"seen": absmax}
+    return _children(codes, absmax, nested), absmax
 
 
 def quantize_rows(
@@ -265,13 +263,13 @@ def quantize_rows(
         JloraError: as `quantize`.
     """
     weight = np.asarray(weight)
-    _check_options(weight, kind, block_size, double_quant, path)
+    checks.options(weight, kind, block_size, double_quant, path)
     if weight.ndim != 2:
-        raise JloraError(f"{_at(path)}expected a matrix (out, in), got shape {weight.shape}")
+        raise JloraError(f"{checks.at(path)}expected a matrix (out, in), got shape {weight.shape}")
     out, size = weight.shape
     if kind == "int8":
         block_size = size
-    _tell_of_padding(size, block_size, path)
+    checks.padding(size, block_size, path)
     blocks = -(-size // block_size)
     int8 = kind == "int8"
     codes = (
@@ -284,14 +282,13 @@ def quantize_rows(
             start = min(start, out - rows)  # the last chunk overlaps: all have one shape
             chunk = slice(start, start + rows)
             own, absmax[chunk] = _quantize_rows(weight[chunk], kind, block_size)
-            _check_finite(absmax[chunk], weight[chunk], path)
+            checks.finite(absmax[chunk], weight[chunk], path)
             codes[:, chunk] = np.asarray(own).reshape(rows, -1).T
         nested = None
         if double_quant:
             nested = tuple(np.asarray(x) for x in jax.jit(blockwise.quantize_nested)(absmax))
-    fields = (-2,), (-1,), (), (size,), (out,), jnp.dtype(weight.dtype)
     children = _children(codes, np.ascontiguousarray(absmax.T), nested)
-    return QuantArray(**children, kind=kind, block_size=block_size, **_named(*fields))
+    return kernel(*children, kind=kind, block_size=block_size, size=size, dtype=weight.dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -315,8 +312,8 @@ def stack(arrays: Iterable[QuantArray], count: int | None = None) -> QuantArray:
         JloraError: there are none, or other than `count`, or they are not alike.
     """
     if count is None:
-        arrays = arrays if isinstance(arrays, Sized) else list(arrays)
-        count = len(arrays)  # type: ignore[arg-type]
+        arrays = list(arrays)
+        count = len(arrays)
     parts: list[list[Any]] = []
     first: Any = None
     seen = 0
@@ -325,7 +322,7 @@ def stack(arrays: Iterable[QuantArray], count: int | None = None) -> QuantArray:
         like = structure, [(x.shape, x.dtype) for x in leaves]
         if first is None:
             first, name = like, repr(array)
-            buffered = all(isinstance(x, np.ndarray) for x in leaves)
+            buffered = all(isinstance(x, np.ndarray | np.generic) for x in leaves)
             parts = [[empty((count, *x.shape), x.dtype)] if buffered else [] for x in leaves]
         if like != first:
             raise JloraError(f"cannot stack {array!r}, number {seen}, on the first, {name}")
@@ -359,66 +356,26 @@ def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def _children(codes: Any, absmax: Any, nested: Any) -> dict[str, Any]:
-    nested_codes, nested_absmax, offset = nested or (None, None, None)
-    return {
-        "codes": codes,
-        "absmax": None if nested else absmax,
-        "nested_codes": nested_codes,
-        "nested_absmax": nested_absmax,
-        "offset": offset,
-    }
+def kernel(
+    codes: Any,
+    absmax: Any,
+    nested_codes: Any,
+    nested_absmax: Any,
+    offset: Any,
+    *,
+    kind: str,
+    block_size: int,
+    size: int,
+    dtype: Any,
+) -> QuantArray:
+    """The QuantArray of a kernel (in, out) from its arrays; `size` is in."""
+    arrays = codes, absmax, nested_codes, nested_absmax, offset
+    places = (-2,), (-1,), (), (size,), (codes.shape[-1],), jnp.dtype(dtype)
+    return QuantArray(*arrays, kind, block_size, *places)
 
 
-def _named(*fields: Any) -> dict[str, Any]:
-    names = "contracting", "output", "batch", "in_shape", "out_shape", "dtype"
-    return dict(zip(names, fields, strict=True))
-
-
-def _check_options(weight: Any, kind: str, block_size: int, double: bool, path: str) -> None:
-    wrong = []
-    if kind not in KINDS:
-        wrong.append(f"kind {kind!r} is none of {', '.join(KINDS)}")
-    elif kind == "int8" and double:
-        wrong.append("double_quant is for nf4 and fp4: int8 has one scale for each output")
-    elif kind != "int8" and block_size not in BLOCK_SIZES:
-        wrong.append(f"block_size {block_size} is none of {', '.join(map(str, BLOCK_SIZES))}")
-    if not jnp.issubdtype(weight.dtype, jnp.floating):
-        wrong.append(f"weights are {weight.dtype}, and only floats are quantised")
-    if not math.prod(weight.shape):
-        wrong.append(f"a weight of shape {weight.shape} is empty")
-    if wrong:
-        raise JloraError(_at(path) + "; ".join(wrong))
-
-
-def _check_finite(absmax: Any, weight: Any, path: str) -> None:
-    if isinstance(absmax, jax.core.Tracer):
-        return
-    if not (np.asarray(absmax) <= blockwise.LARGEST).all():  # not a number is not less, either
-        magnitude = np.abs(np.asarray(weight, np.float32))
-        strange, large = int((~np.isfinite(magnitude)).sum()), int((magnitude > 2.0**126).sum())
-        raise JloraError(
-            f"{_at(path)}{strange} of {magnitude.size} weights are infinite or not numbers, and "
-            f"{large - int(np.isinf(magnitude).sum())} are beyond 2**126: no scale can stand for "
-            "them. Was the checkpoint cut short, or written by a run that diverged?"
-        )
-
-
-@functools.cache  # said once for weights of a shape
-def _tell_of_padding(size: int, block_size: int, path: str) -> None:
-    if size % block_size:
-        _log.warning(
-            "%s%d inputs are not a multiple of block_size %d: the last block of each output is "
-            "padded with zeros. bitsandbytes lets blocks run on into the next output, so that its "
-            "scales differ here, and this weight cannot be written in its layout",
-            _at(path),
-            size,
-            block_size,
-        )
-
-
-def _at(path: str) -> str:
-    return f"{path}: " if path else ""
+def _children(codes: Any, absmax: Any, nested: tuple[Any, ...] | None) -> tuple[Any, ...]:
+    return (codes, None, *nested) if nested else (codes, absmax, None, None, None)
 
 
 def _cpu() -> Any:

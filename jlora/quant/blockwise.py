@@ -12,14 +12,14 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
-from jlora.quant.codebooks import decode4, decode8, encode4, encode8
+from jlora.quant.codebooks import decode4, dynamic_map, encode4, encode8
 
 NESTED_BLOCK = 256
 LARGEST = 2.0**126
 """Weights beyond this have scales whose reciprocal is subnormal."""
-_ZERO = 127  # the dynamic map's
+NESTED_ZERO = 127  # its code in the dynamic map
 _NIBBLES = np.array([1, 16]).reshape(2, 1, 1)  # by plane: the low nibbles, then the high ones
 _FINITE = jnp.finfo(jnp.float32).max
 _INT8_STEP = 7.874015718698502e-3  # what bitsandbytes multiplies by, for 1 / 127
@@ -83,7 +83,7 @@ def quantize8(w: Array, axis: int = -2) -> tuple[Array, Array]:
         codes int8 of w's shape and absmax float32, of size 1 along `axis`.
     """
     w = w.astype(jnp.float32)
-    absmax = jnp.max(jnp.abs(w), axis=axis, keepdims=True)
+    absmax = _absmax(w, axis, keepdims=True)
     scale = jnp.where(absmax >= jnp.finfo(jnp.float32).tiny, jnp.float32(127) / absmax, 0)
     return jnp.round(w * scale).astype(jnp.int8), absmax
 
@@ -115,29 +115,42 @@ def quantize_nested(absmax: Array, offset: Array | None = None) -> tuple[Array, 
     codes = encode8(jnp.clip(rows * _reciprocal(scale)[..., None], -1, 1))
     codes = jnp.where(scale[..., None] > 0, codes, jnp.uint8(0))  # as bitsandbytes has it
     used = jnp.arange(flat.shape[-1] + padding).reshape(-1, NESTED_BLOCK) < flat.shape[-1]
-    return jnp.where(used, codes, jnp.uint8(_ZERO)), scale, offset
+    return jnp.where(used, codes, jnp.uint8(NESTED_ZERO)), scale, offset
 
 
 def dequantize_nested(codes: Array, absmax: Array, offset: Array, blocks: int, out: int) -> Array:
     """The absmax, float32 (*batch, blocks, out), of what `quantize_nested` gives."""
-    batch = offset.shape
-    product = decode8(codes) * absmax[..., None]
+    batch, size = offset.shape, math.prod(codes.shape[-2:])
     # bitsandbytes rounds the product before it adds. XLA may fuse the two and round once, and drops
     # optimization_barrier before it does; clipping changes no finite number and stands between.
-    product = jnp.clip(product, -_FINITE, _FINITE)
-    flat = product + offset[..., None, None]
-    flat = flat.reshape(*batch, math.prod(codes.shape[-2:]))[..., : out * blocks]
-    return jnp.swapaxes(flat.reshape(*batch, out, blocks), -1, -2)
+    product = jnp.clip(jnp.asarray(dynamic_map()) * absmax[..., None], -_FINITE, _FINITE)
+    table = (product + offset[..., None, None]).reshape(*batch, size)  # of what each row may hold
+    row = 256 * jnp.arange(codes.shape[-2], dtype=jnp.int32)[:, None]
+    index = (codes.astype(jnp.int32) + row).reshape(*batch, size)[..., : out * blocks]
+    index = jnp.swapaxes(index.reshape(*batch, out, blocks), -1, -2).reshape(*batch, -1)
+    # A gather last, since XLA does not repeat it for each weight of a block, as it does a product.
+    found = jnp.take_along_axis(table, index, axis=-1, mode="promise_in_bounds")
+    return found.reshape(*batch, blocks, out)
 
 
 def _encode_blocks(w: Array, kind: str, axis: int) -> tuple[Array, Array]:
     """Bytes, and absmax without `axis`, of blocks that lie along it."""
     w = w.astype(jnp.float32)
-    absmax = jnp.max(jnp.abs(w), axis=axis)
+    absmax = _absmax(w, axis)
     scaled = w * jnp.expand_dims(_reciprocal(absmax), axis)
     codes = encode4(jnp.clip(scaled, -1, 1), kind)
     low, high = jnp.split(codes, 2, axis=axis)
     return low | (high << 4), absmax
+
+
+def _absmax(w: Array, axis: int, keepdims: bool = False) -> Array:
+    """The largest magnitude along `axis`; not a number where one isn't.
+
+    Of the bits, as integers: they have the same order, and XLA:CPU's maximum of floats may pass
+    over what is not a number.
+    """
+    bits = lax.bitcast_convert_type(jnp.abs(w), jnp.int32)
+    return lax.bitcast_convert_type(jnp.max(bits, axis, keepdims=keepdims), jnp.float32)
 
 
 def _reciprocal(absmax: Array) -> Array:
