@@ -116,7 +116,7 @@ def read_adapter(path: str | Path) -> StoredAdapter:
             args=ocp.args.Composite(adapters=restore_here(), meta=ocp.args.JsonRestore()),
         )
     check_schema(read.meta, path)
-    if read.meta["method"] != "lora":
+    if read.meta["method"] == "full":
         raise JloraError(f"{path} holds all weights of a model, not an adapter")
     return StoredAdapter(
         config=conversion.from_dict(config.LoraConfig, read.meta["lora"], where=f"{path}/meta"),

@@ -25,6 +25,7 @@ usage: jlora COMMAND [flags]        jlora COMMAND --help lists a command's flags
   eval --model DIR --data DATA      loss, exact answers, likeliest labels
   generate --model DIR --prompt TEXT
                                     answer prompts
+  quantize --model DIR --to DIR     write a model with 4-bit or 8-bit weights, as bitsandbytes does
   export --run RUN --to DIR         write a run's newest checkpoint as a PEFT adapter
   inspect --model DIR               show what the --lora flags adapt; with --model-config FILE, of a
                                     config.json without weights
@@ -114,6 +115,21 @@ def generate(settings: commands.GenerateConfig) -> None:
         print(tokenizer.decode(answer.tolist(), skip_special_tokens=True))
 
 
+def quantize(settings: commands.QuantizeConfig) -> None:
+    """Write a quantised copy of a model directory."""
+    from jlora.models import load
+
+    load.quantize(settings.model, settings.to, settings.quant)
+    before, after = (_weights_size(path) for path in (settings.model, settings.to))
+    print(
+        f"wrote {settings.to}: weights of {after / 1e9:.3g} GB, where they were {before / 1e9:.3g}"
+    )
+
+
+def _weights_size(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.glob("model*.safetensors"))
+
+
 def export(settings: commands.ExportConfig) -> None:
     """Write a PEFT directory from a run's newest checkpoint."""
     from jlora import adapters, peft
@@ -183,6 +199,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "train": (config.TrainConfig, train),
     "eval": (commands.EvaluateConfig, evaluate),
     "generate": (commands.GenerateConfig, generate),
+    "quantize": (commands.QuantizeConfig, quantize),
     "export": (commands.ExportConfig, export),
     "inspect": (commands.InspectConfig, inspect),
 }

@@ -61,6 +61,18 @@ class Plan:
         rest += sum(map(math.prod, self.whole.values()))
         return sum(target.parameters for target in self.targets) + rest
 
+    def difference(self, other: "Plan") -> str:
+        """What another plan does otherwise; "" where nothing."""
+        ours, theirs = ({t.site.path: (t.r, t.scaling) for t in p.targets} for p in (self, other))
+        lines = [
+            f"{path} has {_rank(ours.get(path))} in the module, {_rank(theirs.get(path))} there"
+            for path in ours | theirs
+            if ours.get(path) != theirs.get(path)
+        ]
+        if (self.whole, self.tokens) != (other.whole, other.tokens):
+            lines.append("other biases, saved modules or token rows are trained")
+        return "; ".join(lines[:5]) + (f"; and {len(lines) - 5} more" if len(lines) > 5 else "")
+
     def __str__(self) -> str:
         rows = [("path", "shape", "rank", "alpha", "parameters")]
         for target in self.targets:
@@ -83,6 +95,10 @@ class Plan:
             ).rstrip()
             for row in rows
         )
+
+
+def _rank(target: tuple[int, float | tuple[float, ...]] | None) -> str:
+    return "no adapter" if target is None else f"rank {target[0]} and scaling {target[1]}"
 
 
 def plan(

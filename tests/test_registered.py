@@ -134,7 +134,7 @@ def test_a_tree_is_saved_and_loaded_with_its_module(tmp_path: Any) -> None:
         fresh.apply({"params": loaded}, X), module.apply({"params": params}, X)
     )
     other, tree = linen_tree(jlora.LoraConfig(r=2, lora_alpha=8, target_modules=("dense",)))
-    differs = r"dense has rank 2 and scaling 4 in the module, rank 2 and scaling 2 there"
+    differs = r"dense has rank 2 and scaling 4.0 in the module, rank 2 and scaling 2.0 there"
     with pytest.raises(JloraError, match=differs):
         jlora.load_adapter(tmp_path / "a", other, params=tree)
     with pytest.raises(JloraError, match=differs):

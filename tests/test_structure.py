@@ -20,7 +20,7 @@ LAYERS = [
     "injection.params injection.linen_tree injection.linen_layer injection.linen_plain",
     "injection.linen",
     "injection",
-    "models models.attention models.transformer models.families models.load models.gguf",
+    "models models.attention models.transformer models.families models.tensors models.load models.gguf",
     "fetch checkpoint peft adapters",
     "data data.records data.source data.chat data.batching",
     "generation evaluate optim",

@@ -144,6 +144,13 @@ def to_quantise(model: Any, config: QuantConfig) -> list[adapter.Site]:
     return targets.to_quantise(config, found, head)
 
 
+def mark_quantised(model: Any, sites: Sequence[adapter.Site]) -> None:
+    """Have layers of an NNX model, abstract or not, compute with quantised weights, to be set."""
+    by_path = nnx_tree.modules(model)
+    for site in sites:
+        nnx_quant.mark(by_path[site.path], site.path)
+
+
 def partition(model: Any, *, everything: bool = False) -> tuple[dict[str, Any], Any]:
     """Split a model into what is trained and all the rest; `combine` is the exact inverse.
 
@@ -341,21 +348,8 @@ def planned(
 
 def difference(model: Any, tree: Any, config: LoraConfig) -> str:
     """Where an injected Linen module adapts otherwise than `config` says; "" where nowhere."""
-    own, _ = planned(model, tree)
-    other, _ = planned(model, tree, config)
-    ours, theirs = ({t.site.path: (t.r, t.scaling) for t in p.targets} for p in (own, other))
-    lines = [
-        f"{path} has {_rank(ours.get(path))} in the module, {_rank(theirs.get(path))} there"
-        for path in ours | theirs
-        if ours.get(path) != theirs.get(path)
-    ]
-    if (own.whole, own.tokens) != (other.whole, other.tokens):
-        lines.append("other biases, saved modules or token rows are trained")
-    return "; ".join(lines[:5]) + (f"; and {len(lines) - 5} more" if len(lines) > 5 else "")
-
-
-def _rank(target: tuple[int, Any] | None) -> str:
-    return "no adapter" if target is None else f"rank {target[0]} and scaling {target[1]:g}"
+    (own, _), (other, _) = planned(model, tree), planned(model, tree, config)
+    return own.difference(other)
 
 
 def scalings(model: Any) -> dict[str, float | tuple[float, ...]]:

@@ -14,7 +14,7 @@ from jlora.errors import JloraError
 from jlora.injection import nnx_plain, nnx_quant
 from jlora.injection.nnx_layer import LoraLayer, LoraScaling, lora_class, scaling_of, set_class
 from jlora.injection.nnx_sites import REGISTRY, holders, plain_sites, type_of
-from jlora.injection.nnx_tree import KEPT, variables
+from jlora.injection.nnx_tree import KEPT, modules, variables
 from jlora.injection.registry import float32
 from jlora.paths import join
 from jlora.quant.array import QuantArray
@@ -58,7 +58,7 @@ def attach(
     rngs = rngs if isinstance(rngs, nnx.Rngs) else nnx.Rngs(rngs)
     key = rngs.params()
     streams: Any = rngs.dropout if config.lora_dropout else None  # an error here changes nothing
-    by_path = {join(path): module for path, module in nnx.iter_modules(model)}
+    by_path = modules(model)
     for target in targets:
         if target.site.weight:
             _check_own_call(by_path[target.site.path], target.site.path)
@@ -214,7 +214,7 @@ def eject(model: nnx.Module) -> None:
             delattr(module, name)
         set_class(module, type(module).lora_base)
     if isinstance(model, nnx_plain.PlainModel):
-        by_path = {join(path): module for path, module in nnx.iter_modules(model)}
+        by_path = modules(model)
         for site, _ in plain_sites(model):
             path, _, name = site.path.rpartition("/")
             for factor in (LORA_A, LORA_B):

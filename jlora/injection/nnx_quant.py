@@ -13,8 +13,8 @@ from jlora.config import QuantConfig
 from jlora.errors import JloraError
 from jlora.injection import registry
 from jlora.injection.nnx_sites import REGISTRY, type_of
+from jlora.injection.nnx_tree import modules
 from jlora.injection.registry import Contraction
-from jlora.paths import join
 from jlora.quant.array import QuantArray
 
 
@@ -27,7 +27,7 @@ class QuantLayer:
 
 def quantize(model: nnx.Module, sites: Sequence[Site], config: QuantConfig) -> None:
     """Quantise the weights of some of a model's layers, one after the other, in place."""
-    by_path = {join(path): module for path, module in nnx.iter_modules(model)}
+    by_path = modules(model)
     for site in sites:
         layer = by_path[site.path]
         mark(layer, site.path)

@@ -81,3 +81,8 @@ def count(model: nnx.Module) -> tuple[int, int]:
 def variables(model: nnx.Module, kind: Any) -> list[tuple[tuple, Any]]:
     """(path, variable) of each variable of a kind."""
     return list(nnx.to_flat_state(nnx.state(model, kind)))
+
+
+def modules(model: nnx.Module) -> dict[str, Any]:
+    """Path -> module, of each."""
+    return {join(path): module for path, module in nnx.iter_modules(model)}

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from jlora.errors import JloraError
 from jlora.models.transformer import ModelConfig
+from jlora.quant.array import QuantArray
 
 # architecture -> what differs from Llama without biases, read from its config.json
 FAMILIES: dict[str, Callable[[Mapping[str, Any]], dict[str, bool]]] = {
@@ -107,10 +108,45 @@ def _refuse(file: Path, config: Mapping[str, Any]) -> None:
         problems.append(f"hidden_act {act!r} (only 'silu')")
     if config.get("sliding_window") and config.get("use_sliding_window", True):
         problems.append(f"sliding_window {config['sliding_window']} (only null)")
-    if config.get("quantization_config"):
-        problems.append("quantization_config (only unquantised weights)")
+    quantised = config.get("quantization_config") or {}
+    if (method := quantised.get("quant_method", "bitsandbytes")) != "bitsandbytes":
+        problems.append(f"quantization_config of {method!r} (only 'bitsandbytes')")
     if problems:
         raise JloraError(f"{file}: not supported: {'; '.join(problems)}")
+
+
+def is_quantised(model_dir: Path) -> bool:
+    """Whether the config.json of a directory says that weights are quantised."""
+    file = model_dir / "config.json"
+    return bool(json.loads(file.read_text(encoding="utf-8")).get("quantization_config"))
+
+
+def quantization_config(
+    packed: Mapping[str, QuantArray], *, skipped: Sequence[str], dtype: str
+) -> dict[str, Any]:
+    """What config.json says of weights that are written as bitsandbytes writes them.
+
+    Args:
+        packed: name -> weight; all of one kind.
+        skipped: names of the weights of linear layers that are not quantised.
+        dtype: that transformers is to compute in.
+    """
+    q = next(iter(packed.values()))
+    four = q.kind != "int8"
+    settings: dict[str, Any] = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": four,
+        "load_in_8bit": not four,
+        "llm_int8_skip_modules": ["lm_head", *(n.removesuffix(".weight") for n in skipped)],
+    }
+    if four:
+        settings |= {
+            "bnb_4bit_quant_type": q.kind,
+            "bnb_4bit_use_double_quant": q.nested_codes is not None,
+            "bnb_4bit_compute_dtype": dtype,
+            "bnb_4bit_quant_storage": "uint8",
+        }
+    return settings
 
 
 def _inv_freq(file: Path, config: Mapping[str, Any], head_dim: int) -> tuple[float, ...]:

@@ -1,10 +1,9 @@
 """Hugging Face directories to models and back: every key accounted for, one tensor at a time."""
 
+import dataclasses
 import json
-import re
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +11,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
 
 from jlora import canonical, injection, paths
+from jlora.config import QuantConfig
 from jlora.errors import JloraError
-from jlora.files import new_directory, save_tensors
+from jlora.files import new_directory, save_tensors, write_text
+from jlora.matching import dotted
 from jlora.models import families
+from jlora.models.tensors import Tensors
 from jlora.models.transformer import CausalLM
+from jlora.quant import bitsandbytes
+from jlora.quant.array import QuantArray, quantize_rows, stack
 
 # What belongs to a model beside its weights: configurations, tokenizer, chat template.
 _COPIED = {".json", ".jinja", ".txt", ".model"}
-
-# Buffers that old checkpoints carry and that the configuration determines.
-_RECOMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
 def load(
@@ -33,28 +33,63 @@ def load(
     dtype: Any = jnp.float32,
     scan_layers: bool = False,
     remat: bool = False,
+    quant: QuantConfig | None = None,
 ) -> CausalLM:
     """Read a model of the Llama family from a Hugging Face directory.
+
+    Weights that bitsandbytes has quantised stay so, to the bit.
 
     Args:
         model_dir: holds config.json and model.safetensors, or its shards and their index.
         dtype: of the weights in memory and of computation; each tensor is converted as it is read.
         scan_layers: stack the layers and scan over them.
         remat: recompute each layer's activations in the backward pass.
+        quant: quantise weights, each as it is read: memory never holds more than the quantised
+            model and one or two tensors beside it.
 
     Raises:
         JloraError: files that are missing, truncated or no safetensors; keys that are missing or
-            that nothing reads, and shapes that do not fit the configuration, all at once.
+            that nothing reads, and shapes that do not fit the configuration, all at once; what
+            cannot be quantised, or is already.
     """
     model_dir = Path(model_dir)
-    empty = abstract(model_dir, dtype=dtype, scan_layers=scan_layers, remat=remat)
-    leaves, base = injection.partition(empty, everything=True)
-    stacks = injection.stacks(empty)
-    with ExitStack() as files:
-        tensors = {name: file for name, file in _open(model_dir, files)}
-        _check(model_dir, leaves, stacks, tensors, empty.config.tie_word_embeddings)
-        loaded = {path: _read(path, leaf, stacks, tensors) for path, leaf in leaves.items()}
+    model = abstract(model_dir, dtype=dtype, scan_layers=scan_layers, remat=remat)
+    stacks = injection.stacks(model)
+    with Tensors(model_dir) as tensors:
+        packed = _mark(model, tensors, quant)
+        leaves, base = injection.partition(model, everything=True)
+        _check(model_dir, leaves, stacks, tensors, model.config.tie_word_embeddings)
+        loaded = {
+            path: _read_packed(path, leaf, stacks, tensors, quant)
+            if path in packed
+            else _read(path, leaf, stacks, tensors)
+            for path, leaf in leaves.items()
+        }
     return injection.combine(loaded, base)
+
+
+def _mark(model: CausalLM, tensors: Tensors, quant: QuantConfig | None) -> set[str]:
+    """Have the layers whose weights are or will be quantised say so; the paths of these weights."""
+    if quant is not None and tensors.quantised:
+        raise JloraError(
+            f"{len(tensors.quantised)} weights are quantised already, "
+            f"{min(tensors.quantised)} for one: leave quant out, or start from the original model"
+        )
+    if quant is not None:
+        sites = injection.to_quantise(model, quant)
+    else:
+        sites = []
+        for site in injection.sites(model):
+            stored = [f"{dotted(name)}.weight" in tensors.quantised for name in site.names]
+            if any(stored) and not all(stored):
+                raise JloraError(
+                    f"{site.path}: some layers of the checkpoint are quantised and some are not, "
+                    "which cannot be stacked: load with scan_layers=False"
+                )
+            if any(stored):
+                sites.append(site)
+    injection.mark_quantised(model, sites)
+    return {site.weight_path for site in sites}
 
 
 def compute_dtype(name: str, *, exact: bool = False) -> Any:
@@ -87,63 +122,74 @@ def abstract(
 def save(model: CausalLM, to: Path, *, source: Path) -> None:
     """Write a Hugging Face directory: the model's weights in its dtype, the rest from `source`.
 
+    Quantised weights are written as bitsandbytes does, for transformers to load.
+
     Args:
         model: its weights go to model.safetensors, under Hugging Face's names.
         to: appears whole or not at all.
         source: the directory that the model was loaded from.
     """
     leaves, _ = injection.partition(model, everything=True)
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
+    packed: dict[str, QuantArray] = {}
     for path, leaf in canonical.unstack(leaves, injection.stacks(model)).items():
         name, transposed = families.hf_name(path)
-        array = np.asarray(leaf)
-        tensors[name] = np.ascontiguousarray(array.T if transposed else array)
+        if isinstance(leaf, QuantArray):
+            packed[name] = leaf
+            module = name.removesuffix("weight")
+            parts = bitsandbytes.to_tensors(leaf, path=name)
+            tensors |= {f"{module}{part}": value for part, value in parts.items()}
+        else:
+            array = np.asarray(leaf)
+            tensors[name] = np.ascontiguousarray(array.T if transposed else array)
     with new_directory(to) as scratch:
         for file in source.iterdir():
             other = file.name.startswith("model.safetensors") or file.name == "jlora_source.json"
             if file.is_file() and file.suffix in _COPIED and not other:
                 shutil.copy(file, scratch)
+        if packed:
+            linear = {f"{dotted(n)}.weight" for s in injection.sites(model) for n in s.names}
+            config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+            config["quantization_config"] = families.quantization_config(
+                packed, skipped=sorted(linear - set(packed)), dtype=jnp.dtype(model.dtype).name
+            )
+            write_text(scratch / "config.json", json.dumps(config, indent=2) + "\n")
         save_tensors(tensors, scratch / "model.safetensors")
 
 
-def _open(model_dir: Path, files: ExitStack) -> Iterator[tuple[str, Any]]:
-    """(tensor name, open file) for every tensor of the checkpoint."""
-    index = model_dir / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.is_file():
-        try:
-            names = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise JloraError(f"{index} is not a safetensors index; fetch it again") from None
-    if absent := [name for name in names if not (model_dir / name).is_file()]:
+def quantize(model_dir: Path, to: Path, quant: QuantConfig) -> None:
+    """Write a directory whose linear layers are quantised; all else is as it was.
+
+    Args:
+        model_dir: a Hugging Face directory.
+        to: appears whole or not at all.
+        quant: which layers, and how.
+
+    Raises:
+        JloraError: as `load`; a weight that bitsandbytes' layout has no place for.
+    """
+    with Tensors(model_dir) as tensors:
+        dtypes = {tensors.dtype(name) for name in tensors.shapes()}
+    if len(dtypes) > 1:
         raise JloraError(
-            f"{model_dir} lacks {', '.join(absent)}; weights must be safetensors: fetch or convert "
-            "the model again"
+            f"the weights in {model_dir} are of several dtypes, {', '.join(sorted(dtypes))}; "
+            "convert them to one"
         )
-    for name in names:
-        try:
-            file = files.enter_context(safe_open(model_dir / name, framework="np"))
-        except (SafetensorError, OSError) as error:
-            raise JloraError(
-                f"{model_dir / name} is truncated or no safetensors file ({error}); fetch it again"
-            ) from None
-        for key in file.keys():  # noqa: SIM118 (not a mapping)
-            yield key, file
+    model = load(model_dir, dtype=jnp.dtype(dtypes.pop()), quant=quant)
+    save(model, to, source=model_dir)
 
 
 def _check(
-    model_dir: Path, leaves: dict[str, Any], stacks: dict[str, int], tensors: dict, tied: bool
+    model_dir: Path, leaves: dict[str, Any], stacks: dict[str, int], tensors: Tensors, tied: bool
 ) -> None:
     expected = {}
     for path, shape in _layer_shapes(leaves, stacks):
         name, transposed = families.hf_name(path)
         expected[name] = tuple(reversed(shape)) if transposed else shape
     found = {
-        name: tuple(file.get_slice(name).get_shape())
-        for name, file in tensors.items()
-        if not _RECOMPUTED.fullmatch(name) and not (tied and name == "lm_head.weight")
+        name: expected.get(name, ()) if shape is None else shape
+        for name, shape in tensors.shapes().items()
+        if not (tied and name == "lm_head.weight")
     }
     paths.check_same(
         expected,
@@ -162,7 +208,7 @@ def _layer_shapes(
             yield layer, leaf.shape if layers == [path] else leaf.shape[1:]
 
 
-def _read(path: str, leaf: Any, stacks: dict[str, int], tensors: dict) -> jnp.ndarray:
+def _read(path: str, leaf: Any, stacks: dict[str, int], tensors: Tensors) -> jnp.ndarray:
     """One leaf in its own dtype; a stacked one is filled layer by layer."""
     layers = canonical.layer_paths(path, stacks)
     if layers == [path]:
@@ -173,7 +219,32 @@ def _read(path: str, leaf: Any, stacks: dict[str, int], tensors: dict) -> jnp.nd
     return jnp.asarray(stacked)
 
 
-def _tensor(path: str, tensors: dict) -> np.ndarray:
+def _tensor(path: str, tensors: Tensors) -> np.ndarray:
     name, transposed = families.hf_name(path)
-    array = tensors[name].get_tensor(name)
+    array = tensors.read(name)
     return array.T if transposed else array
+
+
+def _read_packed(
+    path: str, leaf: Any, stacks: dict[str, int], tensors: Tensors, quant: QuantConfig | None
+) -> QuantArray:
+    """One quantised leaf: quantised now, layer by layer, or as it lies on disk."""
+
+    def one(layer: str) -> QuantArray:
+        name, _ = families.hf_name(layer)
+        if quant is None:
+            size, out = leaf.shape[-2:]
+            return tensors.read_quantised(name, (out, size), leaf.dtype)
+        q = quantize_rows(
+            tensors.read(name),
+            kind=quant.kind,
+            block_size=quant.block_size,
+            double_quant=quant.double_quant,
+            path=name,
+        )
+        return dataclasses.replace(q, dtype=leaf.dtype)
+
+    layers = canonical.layer_paths(path, stacks)
+    each = map(one, layers)
+    q = next(each) if layers == [path] else stack(each, len(layers))
+    return jax.tree.map(jnp.asarray, q)

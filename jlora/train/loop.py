@@ -16,7 +16,7 @@ import jax
 from tqdm import tqdm
 
 from jlora import canonical, checkpoint, conversion, injection, optim, peft
-from jlora.config import TrainConfig
+from jlora.config import QuantConfig, TrainConfig
 from jlora.data import chat, source
 from jlora.data.batching import Batch, Batches
 from jlora.errors import JloraError
@@ -51,7 +51,8 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
         Stopped: SIGTERM or SIGINT came; the state was saved first.
     """
     run = Run(settings.output)
-    dtype = load.compute_dtype(settings.dtype, exact=settings.method == "full")
+    adapts = settings.method != "full"
+    dtype = load.compute_dtype(settings.dtype, exact=not adapts)
     settings = dataclasses.replace(settings, dtype=dtype.name)  # "auto" may differ at a resumption
     run.check(settings)
     if run.report.is_file():  # the last file that a run writes
@@ -80,14 +81,12 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
     on_cpu = jax.default_backend() == "cpu"
     scan = not on_cpu if settings.scan_layers is None else settings.scan_layers
     options: dict[str, Any] = {"dtype": dtype, "scan_layers": scan, "remat": settings.remat}
-    if (
-        settings.method == "lora"
-    ):  # a target that matches nothing is known before any weight is read
+    if adapts:  # a target that matches nothing is known before any weight is read
         plan = injection.plan(load.abstract(settings.model, **options), settings.lora)
         peft.check_exportable(plan)
-    model: Any = load.load(settings.model, **options)
+    model: Any = load.load(settings.model, **options, quant=_quant(settings))
     key_init, key_dropout = jax.random.split(jax.random.key(settings.seed))
-    if settings.method == "lora":
+    if adapts:
         injection.inject(model, settings.lora, rngs=key_init)
         counts = injection.count(model)
     else:
@@ -97,7 +96,7 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
     trained, base = injection.partition(model, everything=settings.method == "full")
     del model  # the first step consumes its trained leaves
     # Factors are small; a second copy of every weight would not be.
-    lists = canonical.layer_lists(trained) if settings.method == "lora" else {}
+    lists = canonical.layer_lists(trained) if adapts else {}
     state = init_state(canonical.restack(trained, lists), tx, key_dropout)
     del trained
 
@@ -113,7 +112,7 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
         run.checkpoints,
         stacks | lists,
         settings.keep_checkpoints,
-        plan.ranks if settings.method == "lora" else None,
+        plan.ranks if adapts else None,
     )
     data_key = measure.fingerprint(examples)
     rows_seen = 0
@@ -199,7 +198,7 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
     after = measured.after(final)
     if after.loss is not None:
         run.add_metrics({"step": steps, "eval_loss": after.loss})
-    if settings.method == "lora":
+    if adapts:
         peft.export_peft(run.adapter, final, settings.lora, base_model=str(settings.model))
         output = run.adapter / peft.WEIGHTS_FILE
     else:
@@ -232,8 +231,29 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
     say(run.samples.read_text(encoding="utf-8"))
     if measured.splits:
         say(measured.table(before, after))
-    say(f"\nthe {'adapter' if settings.method == 'lora' else 'model'} lies in {output.parent}")
+    say(f"\nthe {'adapter' if adapts else 'model'} lies in {output.parent}")
     return report
+
+
+def _quant(settings: TrainConfig) -> QuantConfig | None:
+    """How weights are to be quantised as they are read.
+
+    Raises:
+        JloraError: they are already, and the settings ask for something else.
+    """
+    if not families.is_quantised(settings.model):
+        return settings.quant if settings.method == "qlora" else None
+    if settings.method == "full":
+        raise JloraError(
+            f"--method full: the weights in {settings.model} are quantised, and codes cannot be "
+            "trained; use --method qlora, or the original model"
+        )
+    if settings.quant != QuantConfig():
+        raise JloraError(
+            f"--quant: the weights in {settings.model} are quantised already, and are used as they "
+            "are; leave it out, or use the original model"
+        )
+    return None
 
 
 @contextmanager
