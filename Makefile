@@ -4,6 +4,7 @@
 # make foreign  models of other libraries, in an environment with transformers 4 and tunix
 # make parity  against transformers and PEFT, in an environment with torch
 # make bench   our training step and PEFT's in alternation, for a machine with nothing else to do
+# make bench-qlora  our QLoRA step, our LoRA step and google-tunix with qwix, likewise
 # make bench-demo  what the demo learnt, and what PEFT learns from the same rows
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ PARITY := .venv-parity
 FOREIGN := .venv-foreign
 
 .NOTPARALLEL:
-.PHONY: demo test lint foreign parity bench bench-demo format clean
+.PHONY: demo test lint foreign parity bench bench-qlora bench-demo format clean
 
 demo: $(VENV)/installed
 	$(BIN)/jlora fetch smollm2 --to models/smollm2
@@ -40,7 +41,11 @@ parity: $(PARITY)/installed $(if $(wildcard build/foreign/logits.npz),,foreign)
 	$(PARITY)/bin/python -m pytest tests/parity
 
 bench: $(VENV)/installed $(PARITY)/installed
-	$(BIN)/python benchmarks/step_vs_peft.py --peft-python $(PARITY)/bin/python
+	$(BIN)/python benchmarks/step_vs.py --peft-python $(PARITY)/bin/python
+
+bench-qlora: $(VENV)/installed $(FOREIGN)/installed
+	$(BIN)/python benchmarks/step_vs.py --sides qlora lora tunix-nf4 \
+		--tunix-python $(FOREIGN)/bin/python --rounds 3 --steps 3
 
 # What `make demo` made, against PEFT on the same rows in the same order.
 bench-demo: demo $(PARITY)/installed

@@ -2,7 +2,7 @@
 
     .venv-parity/bin/python benchmarks/peft_step.py --batch 4 --length 256 --rank 16
 
-Prints the JSON that step_vs_peft.py reads of both sides: SmolLM2-135M's shape in float32.
+Prints the JSON that step_vs.py reads of both sides: SmolLM2-135M's shape in float32.
 """
 
 import argparse

@@ -87,9 +87,7 @@ def test_a_directory_that_we_wrote(kind: str, excluded: Any, tmp_path: Path) -> 
 def test_int8_directories(tmp_path: Path) -> None:
     source = helpers.write_model(tmp_path / "model", **SIZES)
     file = source / "model.safetensors"  # bitsandbytes makes float16 of a weight first
-    save_file(
-        {k: v.astype(np.float16).astype(np.float32) for k, v in load_file(file).items()}, file
-    )
+    save_file({k: v.astype(np.float16) for k, v in load_file(file).items()}, file)
     model = theirs(source, load_in_4bit=False, load_in_8bit=True)
     model.save_pretrained(tmp_path / "theirs")
     own = jlora.load(source, quant=jlora.QuantConfig(kind="int8"))

@@ -1,10 +1,11 @@
-"""Our training step against PEFT's, in alternation: speed, memory, and time to the first step.
+"""Training steps in alternation, ours and others': speed, memory, and time to the first step.
 
-    make bench
+    make bench          LoRA, ours and PEFT's
+    make bench-qlora    QLoRA on NF4, our LoRA, and google-tunix with qwix on NF4
 
-Each round runs step.py and peft_step.py as processes of their own, one after the other, and swaps
-their order. What counts are ratios of a round's two medians: other work on the machine changes
-from minute to minute. Our first process, not counted, fills an empty compilation cache.
+Each round runs every side as a process of its own, one after the other, and turns their order
+round. What counts are ratios of a round's medians: other work on the machine changes from minute
+to minute. A process of ours, not counted, fills an empty compilation cache first.
 """
 
 import argparse
@@ -21,12 +22,21 @@ from typing import Any
 import record
 
 HERE = Path(__file__).parent
+SIDES = {
+    "lora": ("step.py",),
+    "qlora": ("step.py", "--method=qlora"),
+    "peft": ("peft_step.py",),
+    "tunix-nf4": ("tunix_step.py",),
+}
 
 
 def main() -> None:
     """Run the rounds, write the result, print its summary."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--peft-python", required=True, help="of where PEFT is installed")
+    parser.add_argument("--sides", nargs="+", default=["lora", "peft"], choices=SIDES,
+                        help="the first is what the others are compared with")  # fmt: skip
+    parser.add_argument("--peft-python", help="of where PEFT is installed")
+    parser.add_argument("--tunix-python", help="of where google-tunix is installed")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=5, help="timed steps a process")
     parser.add_argument("--batch", type=int, default=4)
@@ -35,15 +45,19 @@ def main() -> None:
     args = parser.parse_args()
 
     flags = [f"--{name}={getattr(args, name)}" for name in ("steps", "batch", "length", "rank")]
-    commands = {
-        "jlora": [sys.executable, str(HERE / "step.py"), *flags],
-        "peft": [args.peft_python, str(HERE / "peft_step.py"), *flags],
-    }
+    pythons = {"peft": args.peft_python, "tunix-nf4": args.tunix_python}
+    if absent := [s for s in args.sides if s in pythons and not pythons[s]]:
+        parser.error(f"{', '.join(absent)}: say where with --peft-python and --tunix-python")
+    commands = {}
+    for side in args.sides:
+        script, *own = SIDES[side]
+        commands[side] = [pythons.get(side, sys.executable), str(HERE / script), *own, *flags]
+    first, *others = args.sides
     with tempfile.TemporaryDirectory() as cache:
         environment = os.environ | {"XDG_CACHE_HOME": cache}  # where the command line has it
         for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
             environment.pop(name, None)  # a cache of the user's own would be neither empty nor ours
-        cold = run(commands["jlora"], environment)
+        cold = run(commands[first], environment)
         rounds = []
         for number in range(args.rounds):
             order = list(commands)[:: 1 if number % 2 else -1]
@@ -54,20 +68,21 @@ def main() -> None:
                 f"{done[name]['first_step']:.1f} s" for name in commands
             ), flush=True)  # fmt: skip
     if len({r[name]["trainable_params"] for r in rounds for name in commands}) != 1:
-        raise SystemExit("the two sides do not train the same number of parameters")
+        raise SystemExit("the sides do not train the same number of parameters")
 
-    def ratios(of: str) -> list[float]:
-        """PEFT's figure over ours in each round: above 1 is better for us."""
-        return [r["peft"][of] / r["jlora"][of] for r in rounds]
+    def ratios(of: str) -> dict[str, dict[str, float]]:
+        """Each other side's figure over the first's in each round: above 1, the first is better."""
+        return {s: spread([r[s][of] / r[first][of] for r in rounds]) for s in others}
 
     tokens = args.batch * args.length
     summary: dict[str, Any] = {
         "shape": {"model": "SmolLM2-135M", "batch": args.batch, "length": args.length,
                   "rank": args.rank, "targets": "all-linear", "dtype": "float32"},
-        "speed_ratio": spread(ratios("median")),
-        "first_step_ratio_warm_cache": spread(ratios("first_step")),
-        "memory_ratio": spread(ratios("peak_rss_bytes")),
-        "jlora_first_step_seconds_empty_cache": cold["first_step"],
+        "compared_with": first,
+        "speed_ratio": ratios("median"),
+        "first_step_ratio_warm_cache": ratios("first_step"),
+        "memory_ratio": ratios("peak_rss_bytes"),
+        "first_step_seconds_empty_cache": cold["first_step"],
     }  # fmt: skip
     for name in commands:
         summary[name] = {
@@ -78,9 +93,8 @@ def main() -> None:
             "loss": rounds[0][name]["loss"],
             "versions": rounds[0][name]["versions"],
         }
-    command = " ".join(["python benchmarks/step_vs_peft.py --peft-python", args.peft_python,
-                        f"--rounds={args.rounds}", *flags])  # fmt: skip
-    file = record.write("step_vs_peft", command, summary | {"rounds": rounds})
+    command = " ".join(["python", "benchmarks/step_vs.py", *sys.argv[1:]])
+    file = record.write("_vs_".join(["step", *args.sides]), command, summary | {"rounds": rounds})
     print(json.dumps(summary, indent=2))
     print(f"written to {file}")
 
