@@ -13,6 +13,7 @@ PACKAGE = Path(jlora.__file__).parent
 # A module imports only from modules above it in this list.
 LAYERS = [
     "errors files paths config conversion canonical adapter targets",
+    "quant quant.pallas_tpu quant.pallas_gpu",
     "injection.registry injection.lowrank injection.plain",
     "injection.nnx_tree injection.nnx_plain injection.nnx_sites injection.nnx",
     "injection.params injection.linen_tree injection.linen_plain injection.linen",
