@@ -6,21 +6,15 @@ Nothing is run: the numbers are compared in interpret mode, in tests/test_quant_
 """
 
 import functools
-import sys
-from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
+import topologies
+from jax import Array
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import topologies  # before JAX, so that no compiler looks for devices  # noqa: E402
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-from jax import Array  # noqa: E402
-
-from jlora.quant import pallas_gpu, pallas_tpu  # noqa: E402
+from jlora.quant import pallas_gpu, pallas_tpu
 
 CODEBOOK = tuple(i / 8 - 1 for i in range(16))
 SHAPES = [
