@@ -39,7 +39,7 @@ CHIPS = {
     chip.name: chip
     for chip in (
         Chip("v5e", "tpu", "v5e:1x1", 16 * 2**30, 819e9, "TPU v5 lite"),
-        Chip("v5p", "tpu", "v5p:1x1x1", 95 * 2**30, 2765e9, "TPU v5p"),
+        Chip("v5p", "tpu", "v5p:1x1x1", 95 * 2**30, 2765e9, "TPU v5"),
         Chip("v6e", "tpu", "v6e:1x1", 32 * 2**30, 1640e9, "TPU v6 lite"),
         Chip("h100", "cuda", "1x1x1", 80 * GB, 3350e9, "NVIDIA H100 80GB HBM3"),
         Chip("h200", "cuda", "1x1x1", 141 * GB, 4800e9, "NVIDIA H200"),
