@@ -27,13 +27,12 @@ KERNELS: dict[str, Callable[..., Array]] = {
     "tpu, packed": functools.partial(pallas_tpu.matmul, packed=True),
 }
 CASES = [
-    # rows, in, out, block
-    (1, 128, 64, 64),  # the fewest
-    (3, 576, 192, 64),  # 9 blocks: a group of 8 and a rest; half a tile of columns
-    (16, 1536, 576, 64),  # several groups; two tiles, the second with few columns
-    (1, 1152, 128, 128),
-    (17, 256, 1024, 128),
-    (64, 512, 128, 64),
+    # rows, in, out, block, codebook
+    (1, 128, 64, 64, "nf4"),  # the fewest
+    (3, 576, 64, 64, "fp4"),  # 9 blocks: a group of 8 and a rest; few columns
+    (16, 2176, 320, 128, "nf4"),  # several groups; two tiles, the second with few columns
+    (17, 128, 512, 64, "fp4"),
+    (64, 512, 128, 64, "nf4"),
 ]
 
 
@@ -73,19 +72,20 @@ def check(kernel: str, rows: int, n_in: int, n_out: int, block: int, dtype, code
     assert (abs(np.asarray(y.astype(jnp.float32), np.float64) - expected) <= bound).all()
 
 
-@pytest.mark.parametrize("codebook", CODEBOOKS)
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize(("rows", "n_in", "n_out", "block"), CASES)
-def test_product(kernel: str, rows: int, n_in: int, n_out: int, block: int, codebook: str) -> None:
-    # The dtypes are halved between the codebooks, to save time; each shape sees both.
-    dtype = jnp.float32 if codebook == "fp4" else jnp.bfloat16
+@pytest.mark.parametrize(("kernel", "dtype"), [
+    ("gpu", jnp.float32), ("gpu", jnp.bfloat16), ("tpu", jnp.float32), ("tpu", jnp.bfloat16),
+    ("tpu, packed", jnp.bfloat16),
+])  # fmt: skip
+@pytest.mark.parametrize(("rows", "n_in", "n_out", "block", "codebook"), CASES)
+def test_product(
+    kernel: str, dtype, rows: int, n_in: int, n_out: int, block: int, codebook: str
+) -> None:
     check(kernel, rows, n_in, n_out, block, dtype, codebook)
 
 
 @pytest.mark.parametrize(("kernel", "block"), [("gpu", 32), ("tpu", 256), ("tpu, packed", 256)])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_other_blocks(kernel: str, block: int, dtype) -> None:
-    check(kernel, 2, 1024, 128, block, dtype, "nf4")
+def test_other_blocks(kernel: str, block: int) -> None:
+    check(kernel, 2, 1024, 128, block, jnp.bfloat16, "nf4")
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
