@@ -2,6 +2,7 @@
 # make test    the test suite
 # make lint    ruff (style and format) and mypy (types)
 # make foreign  models of other libraries, in an environment with transformers 4 and tunix
+# make aot     compile for TPUs and GPUs that are not there
 # make parity  against transformers and PEFT, in an environment with torch
 # make bench   our training step and PEFT's in alternation, for a machine with nothing else to do
 # make bench-qlora  our QLoRA step, our LoRA step and google-tunix with qwix, likewise
@@ -12,9 +13,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PARITY := .venv-parity
 FOREIGN := .venv-foreign
+AOT := .venv-aot
 
 .NOTPARALLEL:
-.PHONY: demo test lint foreign parity bench bench-qlora bench-demo format clean
+.PHONY: demo test lint foreign aot parity bench bench-qlora bench-demo format clean
 
 demo: $(VENV)/installed
 	$(BIN)/jlora fetch smollm2 --to models/smollm2
@@ -31,6 +33,9 @@ lint: $(VENV)/installed-dev
 
 foreign: $(FOREIGN)/installed
 	$(FOREIGN)/bin/python -m pytest tests/foreign
+
+aot: $(AOT)/installed
+	$(AOT)/bin/python -m pytest tests/aot
 
 # Nothing is skipped where something is missing: the model and the data are fetched first, and what
 # `make foreign` writes is written.
@@ -56,7 +61,7 @@ format: $(VENV)/installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(PARITY) $(FOREIGN) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(PARITY) $(FOREIGN) $(AOT) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 # The stamps are touched last, so that an install that failed is tried again.
 $(VENV)/installed: pyproject.toml
@@ -83,4 +88,10 @@ $(FOREIGN)/installed: pyproject.toml
 		"jax>=0.10.2" "flax>=0.12.6" "optax>=0.2.8" "orbax-checkpoint>=0.11.34" \
 		"pydantic>=2.10" "tomli-w>=1.1" "tyro>=1.0" "pytest>=8.0"
 	$(FOREIGN)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+# With these compilers installed JAX looks for TPUs and GPUs at every start, so they stay apart.
+$(AOT)/installed: pyproject.toml
+	$(PYTHON) -m venv $(AOT)
+	$(AOT)/bin/python -m pip install --quiet --editable ".[aot]"
 	touch $@
