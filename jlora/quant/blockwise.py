@@ -107,7 +107,7 @@ def quantize_nested(absmax: Array, offset: Array | None = None) -> tuple[Array, 
     *batch, out, blocks = absmax.shape
     flat = absmax.reshape(*batch, out * blocks)
     if offset is None:
-        offset = flat.mean(-1)
+        offset = absmax.mean(-1).mean(-1)  # in two steps, since float32 sums of many lose bits
     padding = -flat.shape[-1] % NESTED_BLOCK
     centred = jnp.pad(flat - offset[..., None], [(0, 0)] * len(batch) + [(0, padding)])
     rows = centred.reshape(*batch, -1, NESTED_BLOCK)
