@@ -84,7 +84,7 @@ def quantize8(w: Array, axis: int = -2) -> tuple[Array, Array]:
     """
     w = w.astype(jnp.float32)
     absmax = _absmax(w, axis, keepdims=True)
-    scale = jnp.where(absmax >= jnp.finfo(jnp.float32).tiny, jnp.float32(127) / absmax, 0)
+    scale = _reciprocal(absmax) * jnp.float32(127)  # rounded twice, as torch has it
     return jnp.round(w * scale).astype(jnp.int8), absmax
 
 
