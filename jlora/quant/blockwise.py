@@ -12,7 +12,7 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
 from jlora.quant.codebooks import decode4, dynamic_map, encode4, encode8
 
@@ -144,13 +144,11 @@ def _encode_blocks(w: Array, kind: str, axis: int) -> tuple[Array, Array]:
 
 
 def _absmax(w: Array, axis: int, keepdims: bool = False) -> Array:
-    """The largest magnitude along `axis`; not a number where one isn't.
+    """The largest magnitude along `axis`; infinite where a value is not a number.
 
-    Of the bits, as integers: they have the same order, and XLA:CPU's maximum of floats may pass
-    over what is not a number.
+    XLA:CPU's maximum passes over what is not a number.
     """
-    bits = lax.bitcast_convert_type(jnp.abs(w), jnp.int32)
-    return lax.bitcast_convert_type(jnp.max(bits, axis, keepdims=keepdims), jnp.float32)
+    return jnp.max(jnp.where(jnp.isnan(w), jnp.inf, jnp.abs(w)), axis, keepdims=keepdims)
 
 
 def _reciprocal(absmax: Array) -> Array:
