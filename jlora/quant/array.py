@@ -287,7 +287,7 @@ def quantize_rows(
         nested = None
         if double_quant:
             nested = tuple(np.asarray(x) for x in jax.jit(blockwise.quantize_nested)(absmax))
-    children = _children(codes, np.ascontiguousarray(absmax.T), nested)
+    children = _children(codes, None if nested else np.ascontiguousarray(absmax.T), nested)
     return kernel(*children, kind=kind, block_size=block_size, size=size, dtype=weight.dtype)
 
 

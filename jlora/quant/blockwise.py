@@ -12,7 +12,7 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
 from jlora.quant.codebooks import decode4, dynamic_map, encode4, encode8
 
@@ -84,7 +84,7 @@ def quantize8(w: Array, axis: int = -2) -> tuple[Array, Array]:
     """
     w = w.astype(jnp.float32)
     absmax = _absmax(w, axis, keepdims=True)
-    scale = jnp.where(absmax >= jnp.finfo(jnp.float32).tiny, jnp.float32(127) / absmax, 0)
+    scale = _reciprocal(absmax) * jnp.float32(127)  # rounded twice, as torch has it
     return jnp.round(w * scale).astype(jnp.int8), absmax
 
 
@@ -107,7 +107,7 @@ def quantize_nested(absmax: Array, offset: Array | None = None) -> tuple[Array, 
     *batch, out, blocks = absmax.shape
     flat = absmax.reshape(*batch, out * blocks)
     if offset is None:
-        offset = flat.mean(-1)
+        offset = absmax.mean(-1).mean(-1)  # in two steps, since float32 sums of many lose bits
     padding = -flat.shape[-1] % NESTED_BLOCK
     centred = jnp.pad(flat - offset[..., None], [(0, 0)] * len(batch) + [(0, padding)])
     rows = centred.reshape(*batch, -1, NESTED_BLOCK)
@@ -144,13 +144,11 @@ def _encode_blocks(w: Array, kind: str, axis: int) -> tuple[Array, Array]:
 
 
 def _absmax(w: Array, axis: int, keepdims: bool = False) -> Array:
-    """The largest magnitude along `axis`; not a number where one isn't.
+    """The largest magnitude along `axis`; infinite where a value is not a number.
 
-    Of the bits, as integers: they have the same order, and XLA:CPU's maximum of floats may pass
-    over what is not a number.
+    XLA:CPU's maximum passes over what is not a number.
     """
-    bits = lax.bitcast_convert_type(jnp.abs(w), jnp.int32)
-    return lax.bitcast_convert_type(jnp.max(bits, axis, keepdims=keepdims), jnp.float32)
+    return jnp.max(jnp.where(jnp.isnan(w), jnp.inf, jnp.abs(w)), axis, keepdims=keepdims)
 
 
 def _reciprocal(absmax: Array) -> Array:
