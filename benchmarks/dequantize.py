@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import record
 
-from jlora.quant.array import quantize
+from jlora.quant.quantize import quantize
 
 FORMS: dict[str, dict[str, Any]] = {
     "nf4": {},

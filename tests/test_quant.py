@@ -13,7 +13,8 @@ from flax import nnx
 
 from jlora.errors import JloraError
 from jlora.quant import checks
-from jlora.quant.array import QuantArray, quantize, quantize_rows, stack, unstack
+from jlora.quant.array import QuantArray
+from jlora.quant.quantize import quantize, quantize_rows, stack, unstack
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 

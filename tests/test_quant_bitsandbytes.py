@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from jlora.errors import JloraError
-from jlora.quant.array import quantize, quantize_rows, stack
 from jlora.quant.bitsandbytes import STATE, from_tensors, to_tensors
 from jlora.quant.codebooks import CODEBOOKS
+from jlora.quant.quantize import quantize, quantize_rows, stack
 
 NF4_STATE = STATE + "nf4"
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jlora.quant import blockwise, codebooks
-from jlora.quant.array import quantize, quantize_rows
+from jlora.quant.quantize import quantize, quantize_rows
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 
@@ -149,7 +149,7 @@ def test_nested_padding_is_harmless() -> None:
 @pytest.mark.parametrize("kind", [*KINDS, "int8"])
 def test_rows_in_chunks_are_the_matrix_at_once(kind: str, monkeypatch) -> None:
     w = normal(3, 50, 192)
-    monkeypatch.setattr("jlora.quant.array._CHUNK", 192 * 16)  # 4 chunks; the last overlaps
+    monkeypatch.setattr("jlora.quant.quantize._CHUNK", 192 * 16)  # 4 chunks; the last overlaps
     double = kind != "int8"
     rows = quantize_rows(w, kind=kind, double_quant=double)
     whole = quantize(w.T, kind=kind, double_quant=double)

@@ -13,8 +13,8 @@ PACKAGE = Path(jlora.__file__).parent
 # A module imports only from modules above it in this list.
 LAYERS = [
     "errors files paths config commands conversion canonical adapter matching targets",
-    "quant quant.codebooks quant.blockwise quant.checks quant.array quant.bitsandbytes",
-    "quant.pallas_tpu quant.pallas_gpu quant.matmul",
+    "quant quant.codebooks quant.blockwise quant.checks quant.array quant.quantize",
+    "quant.bitsandbytes quant.pallas_tpu quant.pallas_gpu quant.matmul",
     "injection.registry injection.lowrank injection.plain",
     "injection.nnx_tree injection.nnx_plain injection.nnx_sites injection.nnx_quant",
     "injection.nnx_layer injection.nnx",

@@ -12,7 +12,8 @@ from jlora import adapter
 from jlora.adapter import Site, split_equation
 from jlora.config import QuantConfig
 from jlora.errors import JloraError
-from jlora.quant import array, matmul
+from jlora.quant import matmul
+from jlora.quant import quantize as quantise
 from jlora.quant.array import QuantArray
 
 
@@ -199,7 +200,7 @@ def quantize(site: Site, weight: Any, config: QuantConfig) -> QuantArray:
     contracting, output, batch = (
         tuple(axis - ndim for axis in axes) for axes in (site.contracting, site.output, own)
     )
-    return array.quantize(
+    return quantise.quantize(
         weight,
         kind=config.kind,
         block_size=config.block_size,

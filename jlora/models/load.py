@@ -21,7 +21,8 @@ from jlora.models import families
 from jlora.models.tensors import Tensors
 from jlora.models.transformer import CausalLM
 from jlora.quant import bitsandbytes
-from jlora.quant.array import QuantArray, quantize_rows, stack
+from jlora.quant.array import QuantArray
+from jlora.quant.quantize import quantize_rows, stack
 
 # What belongs to a model beside its weights: configurations, tokenizer, chat template.
 _COPIED = {".json", ".jinja", ".txt", ".model"}

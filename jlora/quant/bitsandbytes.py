@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.errors import JloraError
-from jlora.quant import array
 from jlora.quant.array import QuantArray
 from jlora.quant.blockwise import NESTED_BLOCK, NESTED_ZERO
 from jlora.quant.checks import BLOCK_SIZES, at
 from jlora.quant.codebooks import CODEBOOKS, dynamic_map
+from jlora.quant.quantize import empty, kernel
 
 STATE = "weight.quant_state.bitsandbytes__"
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -135,14 +135,12 @@ def _from_int8(
     if problems or weight is None:
         return None
     out, size = weight.shape
-    codes = array.empty((size, out), np.int8)
+    codes = empty((size, out), np.int8)
     codes[:] = weight.T
     dtype = np.float16 if dtype is None else dtype
     nothing = None, None, None
     scale = scale.reshape(1, out).copy()
-    return array.kernel(
-        codes, scale, *nothing, kind="int8", block_size=size, size=size, dtype=dtype
-    )
+    return kernel(codes, scale, *nothing, kind="int8", block_size=size, size=size, dtype=dtype)
 
 
 def _from_4bit(
@@ -193,7 +191,7 @@ def _from_4bit(
     else:
         scales = absmax.reshape(out, -1).T.copy(), None, None, None
     dtype = jnp.dtype(state["dtype"]) if dtype is None else dtype
-    return array.kernel(codes, *scales, kind=kind, block_size=block, size=size, dtype=dtype)
+    return kernel(codes, *scales, kind=kind, block_size=block, size=size, dtype=dtype)
 
 
 def _state(found: dict[str, np.ndarray], problems: list[str]) -> dict[str, Any] | None:
@@ -258,7 +256,7 @@ def _is_size(value: Any) -> bool:
 def _to_planes(packed: np.ndarray, block: int) -> np.ndarray:
     """Codes (in / 2, out) of bitsandbytes' (out, in / 2)."""
     out, size = packed.shape
-    codes = array.empty((size, out), np.uint8)
+    codes = empty((size, out), np.uint8)
     rows = max(1, _CHUNK // size)
     for start in range(0, out, rows):
         pairs = packed[start : start + rows].reshape(-1, 2, block // 4)

@@ -5,6 +5,7 @@ base that quantisation made small. The weight's own gradient is not computed.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jlora.adapter import split_equation
+from jlora.quant import pallas_gpu, pallas_tpu
 from jlora.quant.array import QuantArray
+from jlora.quant.codebooks import CODEBOOKS
 
 
 def contract(
@@ -37,9 +40,16 @@ def _contraction(equation: str, dtype: Any, precision: Any) -> Callable[[Array, 
     inputs, weight, out = ("".join(term) for term in split_equation(equation))
     back = f"{out},{weight}->{inputs}"
 
+    def plain(x: Array, q: QuantArray) -> Array:
+        return jnp.einsum(equation, x, q.dequantize(dtype), precision=precision)
+
     @jax.custom_vjp
     def run(x: Array, q: QuantArray) -> Array:
-        return jnp.einsum(equation, x, q.dequantize(dtype), precision=precision)
+        fused = fused_for(x, q, equation) if precision is None else {}
+        if not fused:
+            return plain(x, q)
+        # By the platform that is compiled for, which need not be this process's own.
+        return lax.platform_dependent(x, q, **fused, default=plain)
 
     def forward(x: Array, q: QuantArray) -> tuple[Array, QuantArray]:
         return run(x, q), q
@@ -52,3 +62,37 @@ def _contraction(equation: str, dtype: Any, precision: Any) -> Callable[[Array, 
 
     run.defvjp(forward, backward)
     return run
+
+
+def fused_for(x: Array, q: QuantArray, equation: str) -> dict[str, Callable[..., Array]]:
+    """Platform -> kernel that dequantises within the product, where one pays: the dispatch rule.
+
+    That is where 4-bit codes are multiplied by so few rows (decoding, small batches) that reading
+    the weight is what takes the time. With more rows, dequantising it once is a small part.
+    """
+    inputs, weight, out = split_equation(equation)
+    contracted = [c for c in weight if c not in out]
+    made = [c for c in weight if c not in inputs]
+    rest = [c for c in inputs if c not in contracted]
+    as_matrix = inputs == rest + contracted and out == rest + made and weight == contracted + made
+    if q.kind == "int8" or not as_matrix or q.codes.ndim != 2:
+        return {}
+    size, columns = math.prod(q.in_shape), math.prod(q.out_shape)
+    rows = x.size // size
+    book = tuple(map(float, CODEBOOKS[q.kind]))
+
+    def call(kernel: Callable[..., Array]) -> Callable[[Array, QuantArray], Array]:
+        def run(x: Array, q: QuantArray) -> Array:
+            matrix = x.reshape(rows, size)
+            options = {"codebook": book, "block_size": q.block_size}
+            y = kernel(matrix, q.codes, q.scales(), **options)
+            return y.reshape(*x.shape[: x.ndim - len(q.in_shape)], *q.out_shape)
+
+        return run
+
+    kernels = {"tpu": pallas_tpu, "cuda": pallas_gpu}
+    return {
+        platform: call(kernel.matmul)
+        for platform, kernel in kernels.items()
+        if kernel.supported(rows, size, columns, q.block_size, x.dtype)
+    }

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from jlora.quant import blockwise, codebooks
-from jlora.quant.array import QuantArray, quantize, quantize_rows
+from jlora.quant.array import QuantArray
 from jlora.quant.bitsandbytes import STATE, from_tensors, to_tensors
+from jlora.quant.quantize import quantize, quantize_rows
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BLOCKS = (32, 64, 64, 64, 128, 256, 512, 1024, 2048, 4096)
