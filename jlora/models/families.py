@@ -109,7 +109,7 @@ def _refuse(file: Path, config: Mapping[str, Any]) -> None:
     if config.get("sliding_window") and config.get("use_sliding_window", True):
         problems.append(f"sliding_window {config['sliding_window']} (only null)")
     quantised = config.get("quantization_config") or {}
-    if (method := quantised.get("quant_method", "bitsandbytes")) != "bitsandbytes":
+    if quantised and (method := quantised.get("quant_method")) != "bitsandbytes":
         problems.append(f"quantization_config of {method!r} (only 'bitsandbytes')")
     if problems:
         raise JloraError(f"{file}: not supported: {'; '.join(problems)}")

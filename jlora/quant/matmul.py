@@ -48,7 +48,7 @@ def _contraction(equation: str, dtype: Any, precision: Any) -> Callable[[Array, 
         fused = fused_for(x, q, equation) if precision is None else {}
         if not fused:
             return plain(x, q)
-        # By the platform that is compiled for, which need not be this process's own.
+        # On a host with an accelerator, something may still be compiled for its CPU.
         return lax.platform_dependent(x, q, **fused, default=plain)
 
     def forward(x: Array, q: QuantArray) -> tuple[Array, QuantArray]:
@@ -90,9 +90,9 @@ def fused_for(x: Array, q: QuantArray, equation: str) -> dict[str, Callable[...,
 
         return run
 
-    kernels = {"tpu": pallas_tpu, "cuda": pallas_gpu}
-    return {
-        platform: call(kernel.matmul)
-        for platform, kernel in kernels.items()
-        if kernel.supported(rows, size, columns, q.block_size, x.dtype)
-    }
+    for backend, platform, kernel in (("tpu", "tpu", pallas_tpu), ("gpu", "cuda", pallas_gpu)):
+        if jax.default_backend() == backend and kernel.supported(
+            rows, size, columns, q.block_size, x.dtype
+        ):
+            return {platform: call(kernel.matmul)}
+    return {}
