@@ -149,7 +149,12 @@ def save(model: CausalLM, to: Path, *, source: Path) -> None:
             if file.is_file() and file.suffix in _COPIED and not other:
                 shutil.copy(file, scratch)
         if packed:
-            linear = {f"{dotted(n)}.weight" for s in injection.sites(model) for n in s.names}
+            linear = {
+                f"{dotted(n)}.weight"
+                for s in injection.sites(model)
+                if s.kind == "linear"
+                for n in s.names
+            }
             config = json.loads((source / "config.json").read_text(encoding="utf-8"))
             config["quantization_config"] = families.quantization_config(
                 packed, skipped=sorted(linear - set(packed)), dtype=jnp.dtype(model.dtype).name

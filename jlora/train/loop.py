@@ -241,14 +241,17 @@ def _quant(settings: TrainConfig) -> QuantConfig | None:
     Raises:
         JloraError: they are already, and the settings ask for something else.
     """
+    asked = settings.quant != QuantConfig()
     if not families.is_quantised(settings.model):
+        if asked and settings.method != "qlora":
+            raise JloraError("--quant is how --method qlora quantises; this is another method")
         return settings.quant if settings.method == "qlora" else None
     if settings.method == "full":
         raise JloraError(
             f"--method full: the weights in {settings.model} are quantised, and codes cannot be "
             "trained; use --method qlora, or the original model"
         )
-    if settings.quant != QuantConfig():
+    if asked:
         raise JloraError(
             f"--quant: the weights in {settings.model} are quantised already, and are used as they "
             "are; leave it out, or use the original model"

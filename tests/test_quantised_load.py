@@ -1,0 +1,272 @@
+"""Models that are quantised as they are read, directories that hold them so, and runs on them."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import compilation_cache, write_chats, write_model
+from safetensors.numpy import load_file, save_file
+
+import jlora
+from jlora import cli, injection
+from jlora.config import EvalConfig, LoaderConfig, OptimConfig, TrainConfig
+from jlora.errors import JloraError
+from jlora.models import load
+from jlora.quant.array import QuantArray
+from jlora.quant.quantize import unstack
+from jlora.train import loop
+
+TOKENS = jnp.asarray([[5, 9, 200, 7, 7, 31, 2], [8, 1, 4, 100, 23, 0, 1]], jnp.int32)
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+CONFIGS = {
+    "nf4": jlora.QuantConfig(),
+    "fp4-128-double": jlora.QuantConfig(
+        kind="fp4", block_size=32, double_quant=True, exclude_modules=("down_proj",)
+    ),
+    "int8": jlora.QuantConfig(kind="int8"),
+}
+UP = "model.layers.1.mlp.up_proj"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compile_once(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with compilation_cache(tmp_path_factory.getbasetemp() / "compiled"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("quantised") / "model", **SIZES)
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def config(request: pytest.FixtureRequest) -> jlora.QuantConfig:
+    return CONFIGS[request.param]
+
+
+def weights(model: Any) -> dict[str, Any]:
+    return injection.partition(model, everything=True)[0]
+
+
+def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
+    assert a.keys() == b.keys()
+    for path in a:
+        leaves, others = jax.tree.flatten(a[path]), jax.tree.flatten(b[path])
+        assert leaves[1] == others[1], path
+        for x, y in zip(leaves[0], others[0], strict=True):
+            assert x.dtype == y.dtype
+            np.testing.assert_array_equal(x, y)
+
+
+def test_quantised_as_it_is_read_or_afterwards(source: Path, config: jlora.QuantConfig) -> None:
+    streamed = jlora.load(source, quant=config)
+    after = jlora.quantize(jlora.load(source), config)
+    assert_same(weights(streamed), weights(after))
+    quantised = {path for path, leaf in weights(streamed).items() if isinstance(leaf, QuantArray)}
+    excluded = ("down_proj",) if config.exclude_modules else ()
+    assert quantised == {
+        f"model/layers/{i}/{module}/kernel"
+        for i in range(2)
+        for module in ("self_attn/q_proj", "self_attn/k_proj", "self_attn/v_proj",
+                       "self_attn/o_proj", "mlp/gate_proj", "mlp/up_proj", "mlp/down_proj")
+        if not module.endswith(excluded or "-")
+    }  # fmt: skip
+    assert isinstance(streamed.model.embed_tokens.embedding.get_value(), jax.Array)
+
+
+def test_stacked_layers_are_the_unrolled_ones(source: Path, config: jlora.QuantConfig) -> None:
+    unrolled, stacked = (jlora.load(source, quant=config, scan_layers=s) for s in (False, True))
+    whole = weights(stacked)["model/layers/self_attn/k_proj/kernel"]
+    assert whole.shape == (2, 64, 32)
+    for i, layer in enumerate(unstack(whole)):
+        own = weights(unrolled)[f"model/layers/{i}/self_attn/k_proj/kernel"]
+        assert_same({"": layer}, {"": own})
+    np.testing.assert_allclose(stacked(TOKENS), unrolled(TOKENS), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_quantised_directory_loads_to_the_same_bits(
+    source: Path, config: jlora.QuantConfig, dtype: Any, tmp_path: Path
+) -> None:
+    load.quantize(source, tmp_path / "small", config)
+    for scan_layers in (False, True):
+        options = {"dtype": dtype, "scan_layers": scan_layers}
+        assert_same(
+            weights(jlora.load(tmp_path / "small", **options)),
+            weights(jlora.load(source, quant=config, **options)),
+        )
+    files = [
+        sum(f.stat().st_size for f in d.glob("*.safetensors")) for d in (source, tmp_path / "small")
+    ]
+    assert files[1] < 0.7 * files[0]
+    settings = json.loads((tmp_path / "small" / "config.json").read_text())["quantization_config"]
+    assert settings["quant_method"] == "bitsandbytes"
+    assert settings["load_in_8bit"] == (config.kind == "int8")
+    skipped = [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
+    assert settings["llm_int8_skip_modules"][1:] == (skipped if config.exclude_modules else [])
+    # And once more: what was read is written to the same bits.
+    load.save(jlora.load(tmp_path / "small"), tmp_path / "again", source=tmp_path / "small")
+    first, second = (load_file(tmp_path / d / "model.safetensors") for d in ("small", "again"))
+    assert_same(first, second)
+
+
+def test_the_command(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    to = tmp_path / "small"
+    cli.main(["quantize", "--model", str(source), "--to", str(to), "--quant.double-quant"])
+    assert f"wrote {to}: weights of " in capsys.readouterr().out
+    kernel = jlora.load(to).model.layers[0].mlp.up_proj.kernel.get_value()
+    assert kernel.nested_codes is not None
+    with pytest.raises(SystemExit):
+        cli.main(["quantize", "--model", str(source), "--to", str(to)])
+    assert "isn't empty" in capsys.readouterr().err
+
+
+def broken(source: Path, to: Path, change: Any) -> Path:
+    """A quantised directory with other tensors."""
+    load.quantize(source, to, jlora.QuantConfig())
+    tensors = load_file(to / "model.safetensors")
+    change(tensors)
+    save_file(tensors, to / "model.safetensors")
+    return to
+
+
+def test_what_is_refused(source: Path, tmp_path: Path) -> None:
+    config = jlora.QuantConfig()
+    load.quantize(source, tmp_path / "small", config)
+    with pytest.raises(JloraError, match=r"14 weights are quantised already, model\.layers\.0"):
+        jlora.load(tmp_path / "small", quant=config)
+    with pytest.raises(JloraError, match=r"QuantConfig matches nothing:\s+.*: 'up_prj'"):
+        jlora.load(source, quant=jlora.QuantConfig(target_modules=("up_prj",)))
+    with pytest.raises(JloraError, match=r"embed_tokens is no linear layer"):
+        jlora.load(source, quant=jlora.QuantConfig(target_modules=("embed_tokens",)))
+    mixed = broken(source, tmp_path / "mixed", lambda t: dequantised(t, UP))
+    jlora.load(mixed)
+    with pytest.raises(JloraError, match=r"some layers of the checkpoint are quantised and some"):
+        jlora.load(mixed, scan_layers=True)
+
+
+def dequantised(tensors: dict[str, np.ndarray], module: str) -> None:
+    for name in [name for name in tensors if name.startswith(module)]:
+        del tensors[name]
+    tensors[f"{module}.weight"] = np.ones((128, 64), np.float32)
+
+
+CHANGES = {
+    "no scales": (
+        lambda t: t.pop(f"{UP}.weight.absmax"),
+        rf"{UP}\.weight: not a weight as bitsandbytes writes it: weight\.absmax is missing",
+    ),
+    "cut short": (
+        lambda t: t.update({f"{UP}.weight": t[f"{UP}.weight"][:-1].copy()}),
+        r"weight is uint8 \(4095, 1\), and 4096 bytes are expected",
+    ),
+    "no state": (
+        lambda t: t.pop(f"{UP}.weight.quant_state.bitsandbytes__nf4"),
+        rf"does not fit:\s+(.*\n)*.*{UP}\.weight",
+    ),
+    "a scale that is no number": (
+        lambda t: t[f"{UP}.weight.absmax"].__setitem__(3, np.nan),
+        r"weight\.absmax has values that are infinite or not numbers",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_damaged_directories(case: str, source: Path, tmp_path: Path) -> None:
+    change, message = CHANGES[case]
+    with pytest.raises(JloraError, match=message):
+        jlora.load(broken(source, tmp_path / "small", change))
+
+
+def test_weights_that_are_not_finite(source: Path, tmp_path: Path) -> None:
+    shutil.copytree(source, tmp_path / "model")
+    tensors = load_file(source / "model.safetensors")
+    tensors[f"{UP}.weight"][3, 5] = np.inf
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
+    with pytest.raises(JloraError, match=rf"{UP}\.weight: of 8192 weights, 1 are infinite or"):
+        load.quantize(tmp_path / "model", tmp_path / "small", jlora.QuantConfig())
+    assert not (tmp_path / "small").exists()
+
+
+def test_a_block_that_is_not_full(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    sizes = SIZES | {"hidden_size": 96, "num_attention_heads": 4, "num_key_value_heads": 4}
+    source = write_model(tmp_path / "model", **sizes)
+    model = jlora.load(source, quant=jlora.QuantConfig())
+    assert "96 inputs are not a multiple of block_size 64" in caplog.text
+    float32 = jlora.load(source).model.layers[0].mlp.up_proj.kernel[...]
+    kernel = model.model.layers[0].mlp.up_proj.kernel.get_value()
+    assert np.abs(kernel.dequantize() - float32).max() < 0.3 * np.abs(float32).max()
+    with pytest.raises(JloraError, match=r"its 96 inputs are not a multiple of block_size 64"):
+        load.quantize(source, tmp_path / "small", jlora.QuantConfig())
+
+
+@pytest.fixture(scope="module")
+def settings(source: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    data = write_chats(tmp_path_factory.mktemp("quantised") / "data")
+    return TrainConfig(
+        model=source,
+        data=str(data),
+        output=Path("set by each test"),
+        method="qlora",
+        steps=6,
+        checkpoint_every=3,
+        lora=jlora.LoraConfig(r=4, lora_alpha=8),
+        optim=OptimConfig(lr=1e-2, warmup_steps=2),
+        loader=LoaderConfig(batch_size=8, max_shapes=1),
+        eval=EvalConfig(loss_rows=8, answer_rows=0, samples=0),
+    )
+
+
+def run(settings: TrainConfig, **changes: Any) -> dict[str, Any]:
+    return loop.train(dataclasses.replace(settings, **changes), say=lambda line: None)
+
+
+def test_runs(settings: TrainConfig, tmp_path: Path) -> None:
+    report = run(settings, output=tmp_path / "run")
+    assert report["method"] == "qlora"
+    assert report["eval_loss_after"] < report["eval_loss_before"]
+    # On a directory that holds the same codes, the same run.
+    load.quantize(settings.model, tmp_path / "small", jlora.QuantConfig())
+    run(settings, model=tmp_path / "small", output=tmp_path / "other")
+    run(settings, output=tmp_path / "halves", steps=6, scan_layers=False)
+    first = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    for other in ("other", "halves"):
+        assert_same(first, load_file(tmp_path / other / "adapter" / "adapter_model.safetensors"))
+    base = jlora.load(settings.model, quant=jlora.QuantConfig())
+    loaded = jlora.load_adapter(tmp_path / "run", base)
+    assert np.abs(loaded(TOKENS) - jlora.eject(loaded)(TOKENS)).max() > 1e-3
+    from_checkpoint = jlora.load_adapter(tmp_path / "run" / "checkpoints" / "6", base)
+    np.testing.assert_array_equal(
+        from_checkpoint.model.layers[0].mlp.up_proj.lora_b[...].T,
+        first["base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"],
+    )
+
+
+def test_runs_that_are_refused(settings: TrainConfig, tmp_path: Path) -> None:
+    load.quantize(settings.model, tmp_path / "small", jlora.QuantConfig())
+    refused = {
+        r"--method full: the weights in .* are quantised": {"method": "full"},
+        r"--quant: the weights in .* are quantised already": {
+            "quant": jlora.QuantConfig(kind="int8")
+        },
+    }
+    for message, changes in refused.items():
+        with pytest.raises(JloraError, match=message):
+            run(settings, model=tmp_path / "small", output=tmp_path / "run", **changes)
+        assert not (tmp_path / "run").exists()
+
+
+def test_quant_without_qlora_is_not_ignored(settings: TrainConfig, tmp_path: Path) -> None:
+    with pytest.raises(JloraError, match=r"--quant .* --method qlora"):
+        run(
+            settings,
+            method="lora",
+            quant=jlora.QuantConfig(kind="int8"),
+            output=tmp_path / "run",
+        )
