@@ -50,14 +50,15 @@ def weights(
 
 
 def cases(count: int, seed: int) -> list[tuple[Any, ...]]:
-    """(number, dtype, fill, block, out, in)."""
+    """(number, kind, dtype, fill, block, out, in)."""
     rng = np.random.default_rng(seed)
     made = []
     for i in range(count):
         block = BLOCKS[i % len(BLOCKS)]
         size = block * int(rng.integers(1, max(2, 2048 // block)))
         dtype = list(DTYPES)[int(rng.integers(3))]
-        made.append((i, dtype, FILLS[i % len(FILLS)], block, int(rng.integers(1, 80)), size))
+        kind = ("nf4", "fp4")[int(rng.integers(2))]
+        made.append((i, kind, dtype, FILLS[i % len(FILLS)], block, int(rng.integers(1, 80)), size))
     return made
 
 
@@ -75,27 +76,25 @@ def same_values(ours: Any, theirs: torch.Tensor) -> None:
     np.testing.assert_array_equal(a.astype(np.float32), b.astype(np.float32))
 
 
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("case", cases(100, seed=0), ids=str)
-def test_4bit(case: tuple[Any, ...], kind: str) -> None:
-    i, dtype, fill, block, out, size = case
+def test_4bit(case: tuple[Any, ...]) -> None:
+    i, kind, dtype, fill, block, out, size = case
     w = torch.from_numpy(
         weights(np.random.default_rng(i), (out, size), fill, codebooks.CODEBOOKS[kind])
     ).to(DTYPES[dtype])
     packed, state = bnb.quantize_4bit(w, blocksize=block, quant_type=kind)
-    for q in (
-        quantize_rows(to_numpy(w), kind=kind, block_size=block),
-        quantize(to_numpy(w).T, kind=kind, block_size=block),
-    ):
+    ways = [quantize_rows(to_numpy(w), kind=kind, block_size=block)]
+    if i % 5 == 0:  # tests/test_quant_blockwise.py has it that the two agree
+        ways.append(quantize(to_numpy(w).T, kind=kind, block_size=block))
+    for q in ways:
         assert (q.shape, str(q.dtype)) == ((size, out), dtype)
         same_layer(to_tensors(q), packed, state)
         same_values(q.dequantize().T, bnb.dequantize_4bit(packed, state))
 
 
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("case", cases(100, seed=1), ids=str)
-def test_double_quantisation(case: tuple[Any, ...], kind: str) -> None:
-    i, dtype, fill, block, out, size = case
+def test_double_quantisation(case: tuple[Any, ...]) -> None:
+    i, kind, dtype, fill, block, out, size = case
     w = torch.from_numpy(
         weights(np.random.default_rng(i), (out, size), fill, codebooks.CODEBOOKS[kind])
     ).to(DTYPES[dtype])
@@ -110,7 +109,9 @@ def test_double_quantisation(case: tuple[Any, ...], kind: str) -> None:
     # The mean is summed in another order: codes within a step of the map, of those ever given.
     q = quantize_rows(to_numpy(w), kind=kind, block_size=block, double_quant=True)
     np.testing.assert_allclose(q.offset, state.offset.item(), rtol=1e-6, atol=0)
-    if fill != "constant":  # what is left of constant scales is the rounding of their mean
+    if np.ptp(plain.absmax) > 1e-3 * np.max(
+        plain.absmax
+    ):  # what is left of constant scales is the rounding of their mean
         own = np.asarray(q.nested_codes).reshape(-1)[: state.absmax.numel()]
         given = np.searchsorted(np.unique(codebooks.dynamic_thresholds()), dynamic(own), "right")
         theirs = np.searchsorted(
@@ -126,12 +127,15 @@ def test_double_quantisation(case: tuple[Any, ...], kind: str) -> None:
 
 @pytest.mark.parametrize("case", cases(100, seed=2), ids=str)
 def test_int8(case: tuple[Any, ...]) -> None:
-    i, dtype, fill, _, out, size = case
+    i, _, dtype, fill, _, out, size = case
     w = torch.from_numpy(weights(np.random.default_rng(i), (out, size), fill, codebooks.NF4)).to(
         DTYPES[dtype]
     )
     codes, scale, _ = bnb.int8_vectorwise_quant(w)
-    for q in (quantize_rows(to_numpy(w), kind="int8"), quantize(to_numpy(w).T, kind="int8")):
+    ways = [quantize_rows(to_numpy(w), kind="int8")]
+    if i % 5 == 0:
+        ways.append(quantize(to_numpy(w).T, kind="int8"))
+    for q in ways:
         tensors = to_tensors(q)
         same_bits(tensors["weight"], codes)
         same_bits(tensors["SCB"], scale)
