@@ -18,10 +18,15 @@ AOT := .venv-aot
 .NOTPARALLEL:
 .PHONY: demo test lint foreign aot parity bench bench-qlora bench-demo format clean
 
+# METHOD=qlora trains the same on a base of 4 bits, in runs/demo-qlora.
+METHOD ?= lora
+DEMO := runs/demo$(patsubst %,-%,$(filter-out lora,$(METHOD)))
+
 demo: $(VENV)/installed
 	$(BIN)/jlora fetch smollm2 --to models/smollm2
 	$(BIN)/jlora fetch sentiment --to data/sentiment
-	$(BIN)/jlora train --config examples/sentiment.toml $(if $(wildcard runs/demo/config.toml),--resume)
+	$(BIN)/jlora train --config examples/sentiment.toml --method $(METHOD) --output $(DEMO) \
+		$(if $(wildcard $(DEMO)/config.toml),--resume)
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n auto
@@ -54,7 +59,7 @@ bench-qlora: $(VENV)/installed $(FOREIGN)/installed
 
 # What `make demo` made, against PEFT on the same rows in the same order.
 bench-demo: demo $(PARITY)/installed
-	$(PARITY)/bin/python benchmarks/demo_vs_peft.py --run runs/demo
+	$(PARITY)/bin/python benchmarks/demo_vs_peft.py --run $(DEMO)
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .
