@@ -71,7 +71,7 @@ def test_boxes_of_linen_are_put_around_codes_and_scales() -> None:
 
 def on_four_devices() -> None:
     """Run in a process that has them: divided or not, the same numbers."""
-    mesh = jax.make_mesh((4,), ("model",))
+    mesh = jax.make_mesh((4,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
     x = weight(8, 512)
 
     def loss(x: jax.Array, q: Any) -> jax.Array:
