@@ -41,6 +41,9 @@ BLOCKS = {
     "plan": "jlora.plan_targets(linen_model",
     "own, nnx": "jlora.register(Projection",
     "own, linen": "jlora.register(LinenProjection",
+    "qlora": 'jlora.load("models/smollm2"',
+    "quantised, nnx": 'jlora.QuantConfig(kind="int8")',
+    "quantised, linen": "jlora.QuantConfig(), params=params",
 }
 
 
@@ -123,6 +126,26 @@ def test_lines_for_linen(linen_model, tmp_path: Path, monkeypatch, capsys) -> No
     assert jlora.eject(names["model"]) == linen_model
     assert jnp.abs(merged - adapted).max() < 1e-4
     assert jnp.abs(merged - base).max() > 0.1
+
+
+def test_quantised_models(linen_model, tmp_path: Path, monkeypatch) -> None:
+    write_model(tmp_path / "models" / "smollm2", hidden_size=64, intermediate_size=128)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"jlora": jlora, "nnx": nnx, "config": jlora.LoraConfig(r=2)}
+    run(block("qlora"), names)
+    assert names["model"].model.layers[0].mlp.up_proj.kernel.get_value().kind == "nf4"
+    assert "trainable params" in jlora.summary(names["model"])
+
+    names["model"] = nnx_model()
+    out = names["model"](TOKENS)
+    run(block("quantised, nnx"), names)
+    assert 0 < jnp.abs(names["model"](TOKENS) - out).max() < 0.1
+
+    names["model"] = jlora.inject(linen_model, names["config"])
+    names["params"] = names["model"].init(jax.random.key(0), TOKENS)["params"]
+    out = names["model"].apply({"params": names["params"]}, TOKENS)
+    run(block("quantised, linen"), names)
+    assert jnp.abs(names["model"].apply({"params": names["params"]}, TOKENS) - out).max() > 0
 
 
 def test_the_plan(linen_model, capsys) -> None:
