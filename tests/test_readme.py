@@ -13,7 +13,7 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
-from helpers import HF_CONFIG
+from helpers import HF_CONFIG, write_model
 
 import jlora
 from jlora import cli
