@@ -238,7 +238,7 @@ def check_options(layer: Any, path: str, usual: Mapping[str, Any]) -> None:
     Raises:
         JloraError: it has an option of its own.
     """
-    for name in ("dot_general_cls", "preferred_element_type", *usual):
+    for name in ("dot_general", "dot_general_cls", "preferred_element_type", *usual):
         if getattr(layer, name, None) not in (usual.get(name), None):
             raise JloraError(
                 f"{path}: {name} of this {type(layer).__name__} is one of its own, with which a "
