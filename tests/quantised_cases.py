@@ -160,6 +160,6 @@ QUANT_CASES = [
 QUANT_CASES += [
     QuantCase(flavour, kind, "scanned-remat", jnp.float32, quant)
     for flavour in ("linen", "nnx")
-    for kind in ("quant-linear", "quant-attention")
+    for kind in ("quant-linear", "quant-features")
     for quant in ("nf4", "int8")
 ]

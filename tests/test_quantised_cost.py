@@ -49,16 +49,16 @@ class NnxDeep(nnx.Module):
         return x
 
 
-def deep(flavour: str) -> tuple[Any, Any, Callable[..., jax.Array]]:
+def deep(flavour: str, quant: Any = QUANT) -> tuple[Any, Any, Callable[..., jax.Array]]:
     """The factors, the base, and the sum of the outputs for such and an input."""
     config = jlora.LoraConfig(r=2)
     if flavour == "nnx":
-        model = jlora.inject(jlora.quantize(NnxDeep(), QUANT), config, rngs=0)
+        model = jlora.inject(jlora.quantize(NnxDeep(), quant), config, rngs=0)
         factors, base = jlora.partition(model)
         return factors, base, lambda f, base, x: jlora.combine(f, base)(x).sum()
     module = jlora.inject(Deep(stacked=flavour == "linen scan"), config)
     tree = module.init(jax.random.key(0), jnp.ones((8, 256)))["params"]
-    factors, base = jlora.partition(jlora.quantize(module, QUANT, params=tree))
+    factors, base = jlora.partition(jlora.quantize(module, quant, params=tree))
     return (
         factors, base,
         lambda f, base, x: module.apply({"params": jlora.combine(f, base)}, x).sum(),
@@ -76,8 +76,9 @@ def test_no_dequantised_weight_is_kept_for_the_backward_pass(flavour: str) -> No
     assert wide == []
 
 
-def test_a_scan_holds_one_dequantised_weight_at_a_time() -> None:
-    factors, base, loss = deep("linen scan")
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_scan_holds_one_dequantised_weight_at_a_time(kind: Any) -> None:
+    factors, base, loss = deep("linen scan", jlora.QuantConfig(kind=kind))
     compiled = jax.jit(jax.grad(loss)).lower(factors, base, jnp.ones((8, 256))).compile()
     weight = 256 * 256 * 4
     assert weight <= compiled.memory_analysis().temp_size_in_bytes < 3 * weight

@@ -180,15 +180,14 @@ def check(case: QuantCase) -> None:
 
 @pytest.mark.parametrize("case", QUANT_CASES[::7], ids=str)
 def test_training_leaves_every_bit_of_the_base(case: QuantCase) -> None:
-    model, factors, rest, output, _ = case.quantised()
+    model, factors, rest, _, _ = case.quantised()
     before = bits(base_of(model, rest))
-    factors, x = case.fill(factors), case.inputs
-    with jax.numpy_dtype_promotion("standard"):
-        grads, _ = grad_of(output, x)(factors, x, rest)
+    factors = case.fill(factors)
+    grads = jax.tree.map(jnp.ones_like, factors)
     tx = optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.01, momentum=0.9))
     tree = jlora.combine(factors, rest)
     if case.flavour == "linen":  # whatever the gradients of the base are
-        everywhere = jlora.combine(grads[0], jax.tree.map(jnp.ones_like, rest))
+        everywhere = jlora.combine(grads, jax.tree.map(jnp.ones_like, rest))
         masked = jlora.optimizer(tx)
         state = masked.init(tree)
         for _ in range(2):
@@ -197,7 +196,7 @@ def test_training_leaves_every_bit_of_the_base(case: QuantCase) -> None:
     else:
         optimizer = nnx.Optimizer(tree, tx, wrt=nnx.LoRAParam)
         for _ in range(2):
-            optimizer.update(tree, state_like(tree, grads[0]))
+            optimizer.update(tree, state_like(tree, grads))
     trained, rest = jlora.partition(tree)
     assert_bits(base_of(tree, rest), before)
     assert all(not np.array_equal(trained[path], leaf) for path, leaf in factors.items())

@@ -127,7 +127,7 @@ def test_nnx_optimizer_trains_the_factors_alone(dropout: float) -> None:
         return loss
 
     losses = [float(step(model, optimizer)) for _ in range(8)]
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[-1] < 0.9 * losses[0]
     after = nnx.state(model)
     for name in ("up", "down"):
         assert_same(after[name]["kernel"], before[name]["kernel"])
