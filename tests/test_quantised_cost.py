@@ -9,6 +9,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from jax._src.ad_checkpoint import saved_residuals  # jax.ad_checkpoint only prints them
+from quantised_cases import QuantCase, register_own, unregister_own
 
 import jlora
 
@@ -74,6 +75,17 @@ def test_no_dequantised_weight_is_kept_for_the_backward_pass(flavour: str) -> No
     assert sum(aval.size for aval in codes) == 4 * 256 * 256 // 2
     wide = [aval for aval in kept if aval.size >= 256 * 256 and aval not in codes]
     assert wide == []
+
+
+@pytest.mark.parametrize("flavour", ["linen", "nnx"])
+def test_a_layer_type_of_the_users_own_keeps_none_either(flavour: str) -> None:
+    register_own()
+    _, factors, rest, output, _ = QuantCase(flavour, "quant-own", "plain", jnp.float32).quantised()
+    x = jnp.ones((2, 3, 96))
+    kept = saved_residuals(lambda f, x: output(f, x, rest).sum(), factors, x)
+    unregister_own()
+    assert (48, 5) in [aval.shape for aval, _ in kept if aval.dtype == jnp.uint8]
+    assert not {(96, 5), (5, 96)} & {aval.shape for aval, _ in kept}
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])

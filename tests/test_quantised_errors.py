@@ -367,3 +367,43 @@ def test_rows_of_an_embedding_beside_quantised_layers() -> None:
         quantise("nnx", target_modules=("dense", "embed"))
     model = jlora.inject(quantise("nnx"), config, rngs=0)
     assert injection.partition(model)[0]["embed/lora_tokens"].shape == (1, 64)
+
+
+@pytest.mark.parametrize("flavour", ["linen", "nnx"])
+def test_a_wrong_equation_of_a_users_own_type(flavour: str) -> None:
+    """Of a square weight: no shape tells, and codes would be multiplied the other way round."""
+
+    class Table(nnx.Module):
+        def __init__(self) -> None:
+            self.kernel = nnx.Param(jax.random.normal(jax.random.key(0), (64, 64)))
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return x @ self.kernel[...].T
+
+    class Holds(nnx.Module):
+        def __init__(self) -> None:
+            self.inner = Table()
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.inner(x)
+
+    config = jlora.LoraConfig(r=2, target_modules=("inner",))
+    if flavour == "nnx":
+        jlora.register(Table, weight="kernel", equation="...i,io->...o")
+        model = jlora.quantize(Holds())
+        np.testing.assert_array_equal(model(X), X @ model.inner.kernel.get_value().dequantize().T)
+        run = jlora.inject(model, config, rngs=0)
+    else:
+        jlora.register(Own, weight="kernel", equation="...i,io->...o")
+        module, tree = linen(Block(), config)
+        tree = jlora.quantize(module, params=tree)
+        injection.linen_layer.REGISTRY[Own] = dataclasses.replace(
+            injection.linen_layer.REGISTRY[Own], form="...i,oi->...o"
+        )
+        run = lambda x: module.apply({"params": tree}, x)  # noqa: E731
+    try:
+        with pytest.raises(JloraError, match=r"is registered as contracting axes"):
+            run(X)
+    finally:
+        injection.linen_layer.REGISTRY.pop(Own, None)
+        injection.nnx_sites.REGISTRY.pop(Table, None)

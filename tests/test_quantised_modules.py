@@ -197,6 +197,76 @@ def test_a_stack_with_ranks_of_its_own() -> None:
     assert not np.allclose(jlora.merge(jlora.eject(nnx.clone(model)))(X), model(X))
 
 
+# As the layers of Flax.
+
+
+FLOATS = (jnp.float32, jnp.bfloat16)
+
+
+@pytest.mark.parametrize("flavour", ["linen", "nnx"])
+@pytest.mark.parametrize("dtype", [None, *FLOATS], ids=str)
+@pytest.mark.parametrize("param_dtype", FLOATS)
+def test_dtypes(flavour: str, dtype: Any, param_dtype: Any) -> None:
+    """Of outputs, of gradients of the input, and of what strict promotion refuses."""
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return nn.Dense(8, dtype=dtype, param_dtype=param_dtype)(x)
+
+    class Other(nnx.Module):
+        def __init__(self) -> None:
+            options: Any = {"dtype": dtype, "param_dtype": param_dtype}
+            self.layer = nnx.Linear(64, 8, **options, rngs=nnx.Rngs(0))
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.layer(x)
+
+    stock: Any = Other()
+    model = jlora.quantize(Other(), QUANT)
+    if flavour == "linen":
+        module: Any = jlora.inject(Model(), CONFIG)
+        x = X.astype(dtype or param_dtype)
+        tree = module.init(jax.random.key(0), x)["params"]
+        quantised = jlora.quantize(module, QUANT, params=tree)
+        stock = lambda x: Model().apply({"params": jlora.merge(module, tree)}, x)  # noqa: E731
+        model = lambda x: module.apply({"params": quantised}, x)  # noqa: E731
+
+    def seen(model: Any, x: jax.Array) -> Any:
+        try:
+            y, back = jax.vjp(model, x)
+        except jax.dtypes.TypePromotionError:
+            return "refused"
+        return y.dtype, y.shape, back(jnp.ones_like(y))[0].dtype
+
+    inputs = [X.astype(d) for d in FLOATS]
+    inputs.append(jnp.full((2, 64), 2.0))
+    assert inputs[-1].weak_type
+    inputs.append(np.asarray(X))
+    results = [seen(model, x) for x in inputs]
+    assert results == [seen(stock, x) for x in inputs]
+    assert ("refused" in results) == (dtype is None)
+
+
+@pytest.mark.parametrize("precision", [None, "highest", jax.lax.Precision.HIGH])
+def test_precision_is_the_layers_own_forward_and_backward(precision: Any) -> None:
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return nn.Dense(8, precision=precision)(x)
+
+    def dots(run: Callable[..., jax.Array]) -> list[Any]:
+        text = str(jax.make_jaxpr(lambda x: jax.vjp(run, x)[1](jnp.ones((2, 8))))(X))
+        return sorted(line.strip() for line in text.splitlines() if "precision=" in line)
+
+    module = jlora.inject(Model(), CONFIG)
+    tree = module.init(jax.random.key(0), X)["params"]
+    quantised = jlora.quantize(module, QUANT, params=tree)
+    own, other = (dots(lambda x, t=t: module.apply({"params": t}, x)) for t in (tree, quantised))
+    assert own == other
+    assert any("Precision" in line for line in own) == (precision is not None)
+
+
 # Linen.
 
 
