@@ -60,7 +60,7 @@ class NnxModel(nnx.Module):
 
 @pytest.fixture(params=["linen", "nnx"])
 def flavour(request: pytest.FixtureRequest) -> Any:
-    tables = injection.linen.REGISTRY, injection.nnx.REGISTRY
+    tables = injection.linen.REGISTRY, injection.nnx_sites.REGISTRY
     yield request.param
     for table, cls in zip(tables, (LinenOwn, NnxOwn), strict=True):
         table.pop(cls, None)

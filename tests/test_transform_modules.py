@@ -264,7 +264,7 @@ class NnxOwn(nnx.Module):
 
 @pytest.fixture
 def registered() -> Any:
-    tables = (injection.linen.REGISTRY, injection.nnx.REGISTRY)
+    tables = (injection.linen.REGISTRY, injection.nnx_sites.REGISTRY)
     for cls in (LinenScale, NnxScale):
         jlora.register(cls, weight="table", equation="...i,oi->...o")
     yield

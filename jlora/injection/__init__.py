@@ -87,7 +87,9 @@ def eject(model: Any) -> Any:
 
 
 def merge(model: Any, params: Any = None) -> Any:
-    """W + scaling * A B in place of each weight W, computed in float32; what was given stays.
+    """W + scaling * A B in place of each weight W, by way of float32, and arrays of all weights.
+
+    What was given stays as it is. Weights of a quantised base are dequantised, adapted or not.
 
     Args:
         model: an injected NNX model, or Linen module.

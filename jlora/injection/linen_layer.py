@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import meta
+from flax.errors import ScopeParamShapeError
 
 from jlora import adapter
 from jlora.adapter import LORA_A, LORA_B, LORA_TOKENS, Site, Target
@@ -66,6 +67,16 @@ class Injection:
     attended: set[str] = dataclasses.field(default_factory=set)
     """Paths of embeddings whose transpose is used by their own `attend`."""
 
+    peculiar: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Path of each layer that could not compute with a quantised weight -> why."""
+
+    def note_options(self, layer: Any, path: str) -> None:
+        """Note whether a layer of Flax's could compute with a quantised weight."""
+        try:
+            registry.check_options(layer, path, {"promote_dtype": nn.dtypes.promote_dtype})
+        except JloraError as error:
+            self.peculiar[path] = str(error)
+
     def __post_init__(self) -> None:
         self.choice = Choice(self.config, self.head)
 
@@ -94,6 +105,7 @@ def intercept(
     """One call of one layer: its own output and the terms of its adapters."""
     layer = context.module
     layer_type = registry.find(REGISTRY, type(layer))
+    following = _tells_of_quantised(layer, following)
     if layer_type is None or context.method_name not in layer_type.methods:
         return following(*args, **kwargs)
     # nn.remat(nn.Dense), nn.vmap(nn.Dense)... are layers around a layer: the inner one is adapted.
@@ -125,8 +137,10 @@ def intercept(
     path = "/".join(layer.path[len(root.path) :])
     shape = meta.unbox(weight).shape
     site = layer_type.site(layer, path, shape, *args, **kwargs)
-    if claimed and not isinstance(weight, QuantArray):
+    if claimed:
         _check_claim(layer, site, weight, args, kwargs)
+    else:
+        injection.note_options(layer, path)
     injection.sites[path] = site
     if layer_type.bias:
         injection.biases[path] = layer_type.bias
@@ -159,14 +173,52 @@ def intercept(
 def _quantised(
     layer: Any, layer_type: LayerType, own: Callable[..., Any], args: Any, kwargs: Any
 ) -> jax.Array | None:
-    """The layer's output if its weight is quantised and it is not one around another layer."""
+    """The layer's output if its weight is quantised and the call is its type's own.
+
+    It is not that of a layer around another, or of a subclass, which will call its type's.
+    """
     q = layer.get_variable("params", layer_type.weight)
     known: Any = next(cls for cls in type(layer).__mro__ if REGISTRY.get(cls) is layer_type)
-    if not isinstance(q, QuantArray) or type(layer).__call__ is not known.__call__:
+    if not isinstance(q, QuantArray) or own.func is not known.__call__.__wrapped__:  # type: ignore[attr-defined]
         return None
+    q = meta.unbox(q)
+    if isinstance(layer_type, Contraction) and layer_type.claimed:
+        alone = layer.clone(parent=None, name=None)
+        rngs = {name: layer.make_rng(name) for name in layer.scope.rngs}
+
+        def run(weight: jax.Array) -> Any:
+            given = _with(layer.variables, layer_type.weight, weight)
+            return alone.apply(given, *args, rngs=rngs, **kwargs)
+
+        return registry.own_code(q, run)
     bound = inspect.signature(own).bind(*args, **kwargs)
     bias = layer.get_variable("params", layer_type.bias) if layer_type.bias else None
-    return layer_type.quantised(layer, meta.unbox(q), meta.unbox(bias), bound.args, bound.kwargs)
+    return layer_type.quantised(layer, q, meta.unbox(bias), bound.args, bound.kwargs)
+
+
+def _tells_of_quantised(layer: Any, following: Callable[..., Any]) -> Callable[..., Any]:
+    """`following`, with an error that names the layer if its own code was given such a weight."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return following(*args, **kwargs)
+        except (JloraError, TypeError, ScopeParamShapeError) as error:
+            own = layer.variables.get("params", {}) if layer.scope is not None else {}
+            names = [name for name, leaf in own.items() if isinstance(leaf, QuantArray)]
+            if not names or isinstance(error, _OwnCodeError):
+                raise
+            raise _OwnCodeError(
+                f"{'/'.join((*layer.path, names[0]))} is quantised, and the code of "
+                f"{type(layer).__name__} could not compute with it: {error}\nLeave the layer out "
+                "of what is quantised (QuantConfig.exclude_modules), or say how it uses its weight "
+                "with jlora.register"
+            ) from error
+
+    return call
+
+
+class _OwnCodeError(JloraError):
+    """Of the innermost module that holds the weight."""
 
 
 def _check_claim(layer: Any, site: Site, weight: Any, args: Any, kwargs: Any) -> None:
@@ -177,13 +229,19 @@ def _check_claim(layer: Any, site: Site, weight: Any, args: Any, kwargs: Any) ->
     """
     alone = layer.clone(parent=None, name=None)
     rngs = {name: jax.random.key(0) for name in layer.scope.rngs}
+    bare = registry.abstract(weight)
 
     def call(weights: Any, variables: Any, *args: Any, **kwargs: Any) -> Any:
-        box = meta.replace_boxed(weight, weights[site.path])
-        given = {**variables, "params": {**variables["params"], site.weight: box}}
+        value = weights[site.path]
+        value = meta.replace_boxed(weight, value) if bare is weight else value
+        given = _with(variables, site.weight, value)
         return alone.apply(given, *args, rngs=rngs, mutable=True, **kwargs)[0]
 
-    plain.check_claim(type(layer), site, call, meta.unbox(weight), (layer.variables, *args), kwargs)
+    plain.check_claim(type(layer), site, call, meta.unbox(bare), (layer.variables, *args), kwargs)
+
+
+def _with(variables: Any, name: str, weight: Any) -> dict[str, Any]:
+    return {**variables, "params": {**variables["params"], name: weight}}
 
 
 def _factors(layer: Any, target: Target, config: LoraConfig, box: Any) -> tuple[Any, ...]:

@@ -74,11 +74,21 @@ def quantize(model: Any, params: Any, config: QuantConfig) -> Any:
     Boxes (nn.Partitioned) of a weight are put around each array of its quantised form.
 
     Raises:
-        JloraError: what is chosen is no linear layer, or is quantised already.
+        JloraError: what is chosen is no linear layer, multiplies in a way of its own, is trained as
+            a whole, or is quantised already.
     """
+    _demand_tree(params, "quantize(module, config, params=")
     demand_traced(model)
     flat = flatten(params)
+    whole = planned(model, params).whole
     for site in to_quantise(config, sites_of(model, flat), model.lora.head):
+        if reason := model.lora.peculiar.get(site.path):
+            raise JloraError(reason)
+        if site.weight_path in whole:
+            raise JloraError(
+                f"{site.weight_path} is trained as a whole, which what is quantised cannot be; "
+                "leave it out of modules_to_save, or of what is quantised (exclude_modules)"
+            )
         box = flat[site.weight_path]
         if isinstance(meta.unbox(box), QuantArray):
             raise JloraError(f"{site.path} is quantised already")
@@ -86,6 +96,12 @@ def quantize(model: Any, params: Any, config: QuantConfig) -> Any:
         flat[site.weight_path] = _boxed(q, box) if isinstance(box, meta.AxisMetadata) else q
     tree = unflatten(flat)
     return FrozenDict(tree) if isinstance(params, FrozenDict) else tree
+
+
+def _demand_tree(params: Any, call: str) -> None:
+    if not isinstance(params, Mapping) or isinstance(params.get("params"), Mapping):
+        name = call.partition("(")[0]
+        raise JloraError(f'{name} needs the tree of parameters: {call}variables["params"])')
 
 
 def _boxed(q: QuantArray, box: Any) -> QuantArray:
@@ -164,10 +180,7 @@ def _plus(weight: jax.Array, update: jax.Array) -> jax.Array:
 
 def merge(model: Any, params: Any) -> Any:
     """The base's tree with W + scaling * A B in place of W; `params` stays as it is."""
-    if not isinstance(params, Mapping) or "params" in params:
-        raise JloraError(
-            'merge needs the tree of parameters too: merge(module, variables["params"])'
-        )
+    _demand_tree(params, "merge(module, ")
     demand_traced(model)
     flat = flatten(effective(params))
     targets = planned(model, params).targets
@@ -177,10 +190,11 @@ def merge(model: Any, params: Any) -> Any:
             f"the layers of {', '.join(unknown[:5])} have not been met in this process: trace all "
             "of the module, as jax.eval_shape(module.init, key, inputs) does"
         )
+    for path, leaf in flat.items():
+        if isinstance(leaf, QuantArray):
+            flat[path] = meta.unbox(leaf).dequantize()
     for target in targets:
         site, box = target.site, flat[target.site.weight_path]
-        if isinstance(box, QuantArray):
-            box = meta.unbox(box).dequantize()
         a, b = (meta.unbox(flat[site.leaf(name)]) for name in (LORA_A, LORA_B))
         update = adapter.delta_weight(site, a, b, target.scaling)
         flat[site.weight_path] = jax.tree.map(functools.partial(_plus, update=update), box)

@@ -13,7 +13,7 @@ from jlora.config import LoraConfig
 from jlora.errors import JloraError
 from jlora.injection import nnx_plain, nnx_quant
 from jlora.injection.nnx_layer import LoraLayer, LoraScaling, lora_class, scaling_of, set_class
-from jlora.injection.nnx_sites import REGISTRY, holders, plain_sites, type_of
+from jlora.injection.nnx_sites import check_own_call, holders, plain_sites, type_of
 from jlora.injection.nnx_tree import KEPT, modules, variables
 from jlora.injection.registry import float32
 from jlora.paths import join
@@ -61,7 +61,7 @@ def attach(
     by_path = modules(model)
     for target in targets:
         if target.site.weight:
-            _check_own_call(by_path[target.site.path], target.site.path)
+            check_own_call(by_path[target.site.path], target.site.path)
     _check_whole(model, whole)
     plainly = [target for target in targets if not target.site.weight]
     if plainly and config.lora_dropout:
@@ -127,23 +127,6 @@ def attach(
         )  # fmt: skip
         setattr(module, KEPT + name, kept)
         setattr(module, name, TrainedParam(value, **_annotations(kept)))
-
-
-def _check_own_call(module: Any, path: str) -> None:
-    """Demand that a layer's output is what its registered type computes.
-
-    Raises:
-        JloraError: its class has a call of its own, to which the low-rank term would be added last.
-    """
-    layer_type = type_of(module)
-    known: Any = next(cls for cls in type(module).__mro__ if REGISTRY.get(cls) is layer_type)
-    own: Any = getattr(type(module), "quant_base", type(module))
-    for method in layer_type.methods:
-        if getattr(own, method) is not getattr(known, method):
-            raise JloraError(
-                f"{path}: {type(module).__name__} overrides {method} of {known.__name__}; say how "
-                "it uses its weight with jlora.register, or exclude it"
-            )
 
 
 def _check_whole(model: nnx.Module, whole: Iterable[str]) -> None:
@@ -264,5 +247,5 @@ def merge(model: nnx.Module) -> nnx.Module:
             kept = getattr(module, name)
             kept.set_value(getattr(module, name.removeprefix(KEPT)).get_value())
     eject(merged)
-    nnx_quant.unmark_arrays(merged)
+    nnx_quant.dequantize(merged)
     return merged

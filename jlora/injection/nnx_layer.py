@@ -11,10 +11,9 @@ from flax import nnx
 from jlora import adapter
 from jlora.adapter import LORA_A
 from jlora.errors import JloraError
-from jlora.injection import plain, registry
-from jlora.injection.nnx_quant import QuantLayer, quant_class
+from jlora.injection import nnx_quant, registry
 from jlora.injection.nnx_sites import REGISTRY, type_of
-from jlora.injection.registry import Contraction, LayerType, Lookup
+from jlora.injection.registry import Contraction, Lookup
 
 
 class LoraScaling(nnx.Variable):
@@ -37,9 +36,9 @@ class LoraLayer:
             kwargs = bound.kwargs
         x, *rest = args
         layer_type = type_of(self)
-        quantised = issubclass(self.lora_base, QuantLayer)
-        if isinstance(layer_type, Contraction) and layer_type.claimed and not quantised:
-            _check_claim(self, layer_type, own, args, kwargs)
+        if isinstance(layer_type, Contraction) and layer_type.claimed:
+            written = getattr(getattr(self.lora_base, "quant_base", self.lora_base), method)
+            nnx_quant.check_claim(self, layer_type, written, args, kwargs)
         if hasattr(self, LORA_A):
             low = x
             if self.lora_dropout and not self.deterministic and not isinstance(layer_type, Lookup):
@@ -65,28 +64,6 @@ class LoraLayer:
         """The class is made at run time: pickle its base, and make it again."""
         own = getattr(self.lora_base, "quant_base", None)
         return _blank, (own or self.lora_base, own is not None), self.__getstate__()
-
-
-def _check_claim(
-    layer: Any, layer_type: LayerType, own: Callable[..., Any], args: Any, kwargs: Any
-) -> None:
-    """Demand that a layer uses its weight as it was registered to.
-
-    Raises:
-        JloraError: it does not.
-    """
-    name = layer_type.weight
-    split: Any = nnx.split
-    graphdef, _, rest = split(layer, lambda keys, _: tuple(keys) == (name,), ...)
-    weight = getattr(layer, name).get_value()
-    where = type(layer).lora_base.__name__
-    site = layer_type.site(layer, where, weight.shape, *args, **kwargs)
-
-    def call(weights: Any, rest: Any, *args: Any, **kwargs: Any) -> Any:
-        chosen = nnx.from_flat_state([((name,), weights[where])])
-        return own(nnx.merge(graphdef, chosen, rest, copy=True), *args, **kwargs)
-
-    plain.check_claim(type(layer).lora_base, site, call, weight, (rest, *args), kwargs)
 
 
 @functools.cache
@@ -115,7 +92,7 @@ def set_class(module: nnx.Module, cls: type) -> None:
 
 
 def _blank(base: type[nnx.Module], quantised: bool) -> nnx.Module:
-    return object.__new__(lora_class(quant_class(base) if quantised else base))
+    return object.__new__(lora_class(nnx_quant.quant_class(base) if quantised else base))
 
 
 def scaling_of(module: Any) -> float | tuple[float, ...]:

@@ -158,6 +158,23 @@ def type_of(module: nnx.Module) -> LayerType:
     return layer_type
 
 
+def check_own_call(module: Any, path: str) -> None:
+    """Demand that a layer's output is what its registered type computes.
+
+    Raises:
+        JloraError: its class has a call of its own, of which only the type's is known.
+    """
+    layer_type = type_of(module)
+    known: Any = next(cls for cls in type(module).__mro__ if REGISTRY.get(cls) is layer_type)
+    own: Any = getattr(type(module), "quant_base", type(module))
+    for method in layer_type.methods:
+        if getattr(own, method) is not getattr(known, method):
+            raise JloraError(
+                f"{path}: {type(module).__name__} overrides {method} of {known.__name__}; say how "
+                "it uses its weight with jlora.register, or exclude it"
+            )
+
+
 def _stack(path: tuple, sizes: tuple[int, ...], declared: set[tuple]) -> str:
     """The module above or at `path` whose layers are stacked."""
     name = join(path)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -96,11 +96,12 @@ class Contraction(LayerType):
     ) -> jax.Array:
         """The einsum and the bias, in the dtype and precision of Flax's own layers."""
         equation = self.equation(layer, *args, **kwargs)
-        dtypes = (args[0].dtype, q.dtype, *(() if bias is None else (bias.dtype,)))
+        x = jnp.asarray(args[0])
         own = getattr(layer, "dtype", None)
-        dtype = jnp.result_type(*dtypes) if own is None else own
+        others = () if bias is None else (bias,)
+        dtype = jnp.result_type(x, q.dtype, *others) if own is None else own
         precision = getattr(layer, "precision", None)
-        y = matmul.contract(args[0], q, equation, dtype=dtype, precision=precision)
+        y = matmul.contract(x, q, equation, dtype=dtype, precision=precision)
         if bias is None:
             return y
         _, weight, out = split_equation(equation)
@@ -210,6 +211,40 @@ def quantize(site: Site, weight: Any, config: QuantConfig) -> QuantArray:
         batch=batch,
         path=site.path,
     )
+
+
+def own_code(q: QuantArray, run: Callable[[jax.Array], Any]) -> Any:
+    """What a layer's own code gives for a quantised weight, which is dequantised for it alone.
+
+    The backward pass dequantises again rather than keep the array; the weight gets no gradient.
+    """
+    return jax.checkpoint(lambda q: run(jax.lax.stop_gradient(q.dequantize())))(q)
+
+
+def abstract(weight: Any) -> Any:
+    """A weight, or the shape and dtype that a quantised one stands for."""
+    if isinstance(weight, QuantArray):
+        return jax.ShapeDtypeStruct(weight.shape, weight.dtype)
+    return weight
+
+
+def check_options(layer: Any, path: str, usual: Mapping[str, Any]) -> None:
+    """Demand that a layer of Flax's multiplies in the way of its type.
+
+    Args:
+        layer: the layer.
+        path: of it.
+        usual: options that would change how, and what they are where they don't.
+
+    Raises:
+        JloraError: it has an option of its own.
+    """
+    for name in ("dot_general", "dot_general_cls", "preferred_element_type", *usual):
+        if getattr(layer, name, None) not in (usual.get(name), None):
+            raise JloraError(
+                f"{path}: {name} of this {type(layer).__name__} is one of its own, with which a "
+                "quantised weight is not multiplied; leave the layer out (exclude_modules)"
+            )
 
 
 def float32(weight: Any) -> jax.Array:
