@@ -86,9 +86,7 @@ def arguments(case: Case) -> tuple[Any, ...]:
     )
 
     def make() -> Any:
-        model = CausalLM(
-            config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, scan_layers=True, remat=True
-        )
+        model = CausalLM(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, scan_layers=True, remat=True)
         if case.method == "qlora":
             jlora.quantize(model, jlora.QuantConfig(double_quant=case.double_quant))
         adapters = jlora.LoraConfig(
@@ -171,7 +169,11 @@ def main() -> int:
         )
     about = {"versions": versions(["jax", "jaxlib", "libtpu", "flax", "optax"])}
     name = "memory" if args.case == "all" else f"memory-{next(iter(cases))}"
-    write(name, " ".join(["python", "benchmarks/memory.py", *sys.argv[1:]]), about | {"cases": results})
+    write(
+        name,
+        " ".join(["python", "benchmarks/memory.py", *sys.argv[1:]]),
+        about | {"cases": results},
+    )
     return 0 if kept else 1
 
 
