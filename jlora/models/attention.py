@@ -124,6 +124,8 @@ def blocked_attention(q: Array, k: Array, v: Array, valid: Array, slots: Array) 
 def _blocked_forward(
     q: Array, k: Array, v: Array, valid: Array, slots: Array
 ) -> tuple[Array, tuple]:
+    # Or the masks of all blocks, which are those of every layer, would be computed once and kept.
+    q, valid, slots = lax.optimization_barrier((q, valid, slots))
     keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
     blocks = _query_blocks(q, k)
 
@@ -146,6 +148,7 @@ def _blocked_forward(
 
 def _blocked_backward(saved: tuple, grad: Array) -> tuple:
     q, k, v, valid, slots, out, largest, total = saved
+    grad, valid, slots = lax.optimization_barrier((grad, valid, slots))
     kv_heads, scale = k.shape[2], jnp.asarray(1 / math.sqrt(k.shape[-1]), q.dtype)
     keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
     blocks = len(total)

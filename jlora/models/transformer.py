@@ -124,7 +124,9 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """(..., D) -> (..., D)."""
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        # One after the other, backwards too: XLA would dequantise both weights in one go.
+        gate, x = jax.lax.optimization_barrier((self.gate_proj(x), x))
+        return self.down_proj(jax.nn.silu(gate) * self.up_proj(x))
 
 
 class Block(nnx.Module):
@@ -153,6 +155,10 @@ def _run(
 
 # Traced once for all layers, which halves the time to trace; XLA inlines what jit makes of it.
 _run_jit, _run_remat = nnx.jit(_run), nnx.remat(_run)
+
+# A scan's forward and backward passes are loops of their own, in which nothing is common. Telling
+# XLA so all the same would have it cut out all of a layer's weights before it used the first.
+_run_scanned = nnx.remat(_run, prevent_cse=False)
 
 
 class Transformer(nnx.Module):
@@ -185,7 +191,9 @@ class Transformer(nnx.Module):
         cos, sin = rotary_tables(positions, jnp.asarray(self.config.inv_freq, jnp.float32), x.dtype)
         slots = jnp.arange(tokens.shape[1], dtype=jnp.int32)
         ctx = Context(cos, sin, valid, slots if cache is None else cache.length + slots)
-        run = _run_remat if self.remat and cache is None else _run_jit
+        run = _run_jit
+        if self.remat and cache is None:
+            run = _run_scanned if self.scan_layers else _run_remat
         layer_caches: Any = None if cache is None else (cache.keys, cache.values)
         if self.scan_layers:
             scan = nnx.scan(

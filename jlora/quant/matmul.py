@@ -4,6 +4,7 @@ What the backward pass needs is the codes, never the dequantised weight: it woul
 base that quantisation made small. The weight's own gradient is not computed.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -39,6 +40,11 @@ def _contraction(equation: str, dtype: Any, precision: Any) -> Callable[[Array, 
 
     @jax.custom_vjp
     def run(x: Array, q: QuantArray) -> Array:
+        # Or weights that share an input would be dequantised in one go, and those of a loop before
+        # it. Tied to their input are the scales alone: XLA would cut the codes out of a stack only
+        # once for forward and backward, and keep them.
+        x, scales = lax.optimization_barrier((x, dataclasses.replace(q, codes=None)))
+        q = dataclasses.replace(scales, codes=q.codes)
         return jnp.einsum(equation, x, q.dequantize(dtype), precision=precision)
 
     def forward(x: Array, q: QuantArray) -> tuple[Array, QuantArray]:
