@@ -9,7 +9,7 @@ import functools
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 NF4 = np.array(
     [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453]
@@ -52,13 +52,20 @@ def decode4(codes: Array, kind: str, unit: int | np.ndarray = 1) -> Array:
         unit: 1 where the code is in the low nibble, 16 where it is in the high one; an array of
             these is broadcast with `codes`.
     """
+    return _select(codes, CODEBOOKS[kind], unit)
+
+
+def _select(codes: Array, book: np.ndarray, unit: int | np.ndarray = 1) -> Array:
+    """The entries of a book whose size is a power of two, as for `decode4`."""
     # Constants that depend on the codes, in name only: differentiating a scan over layers moves
-    # what does not out of it, and would keep sixteen constants there, as large as the weight.
+    # what does not out of it, and would keep a book of constants there, each as large as the weight.
     zero = codes & jnp.uint8(0)
-    level = [jnp.float32(value) + zero.astype(jnp.float32) for value in CODEBOOKS[kind]]
-    for bit in (1, 2, 4, 8):
+    level = [jnp.float32(value) + zero.astype(jnp.float32) for value in book]
+    bit = 1
+    while len(level) > 1:
         high = (codes & (jnp.asarray(bit * unit, jnp.uint8) + zero)) != 0
         level = [jnp.where(high, b, a) for a, b in zip(level[::2], level[1::2], strict=True)]
+        bit *= 2
     return level[0]
 
 
@@ -113,8 +120,15 @@ def encode8(values: Array) -> Array:
 
 
 def decode8(codes: Array) -> Array:
-    """The dynamic map's values, float32, of uint8 codes."""
-    return jnp.asarray(dynamic_map())[codes]
+    """The dynamic map's values, float32, of uint8 codes.
+
+    TPUs gather one number after another, and would spend more time here than on all products.
+    """
+    return lax.platform_dependent(
+        codes,
+        tpu=lambda codes: _select(codes, dynamic_map()),
+        default=lambda codes: jnp.asarray(dynamic_map())[codes],
+    )
 
 
 def _ordinal(values: np.ndarray) -> np.ndarray:
