@@ -3,9 +3,8 @@
     chip = CHIPS["v5e"]
     compiled = compile_for(chip, function, *arguments)
 
-Needs a compiler for them: the extra "aot". Import this module before JAX is used: it keeps the
-compilers from looking for devices. Nothing can be run, and a program that needs more memory than
-a GPU has is compiled without complaint: compare with `Chip.memory`.
+Needs a compiler for them: the extra "aot". Nothing can be run, and a program that needs more memory
+than a GPU has is compiled without complaint: compare with `Chip.memory`.
 """
 
 import dataclasses
@@ -13,12 +12,7 @@ import os
 from collections.abc import Callable
 from typing import Any, Literal
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # ask no metadata server which TPU this is
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing holds a chip, so share the lock
-
 import jax
-import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -45,7 +39,7 @@ CHIPS = {
     chip.name: chip
     for chip in (
         Chip("v5e", "tpu", "v5e:1x1", 16 * 2**30, 819e9, "TPU v5 lite"),
-        Chip("v5p", "tpu", "v5p:1x1x1", 95 * 2**30, 2765e9, "TPU v5p"),
+        Chip("v5p", "tpu", "v5p:1x1x1", 95 * 2**30, 2765e9, "TPU v5"),
         Chip("v6e", "tpu", "v6e:1x1", 32 * 2**30, 1640e9, "TPU v6 lite"),
         Chip("h100", "cuda", "1x1x1", 80 * GB, 3350e9, "NVIDIA H100 80GB HBM3"),
         Chip("h200", "cuda", "1x1x1", 141 * GB, 4800e9, "NVIDIA H200"),
@@ -84,16 +78,21 @@ device_description_str: "{device_kind}"
 
 
 def sharding(chip: Chip) -> NamedSharding:
-    """All of an array on one such chip; raises what JAX raises where its compiler is missing."""
-    options: dict[str, Any] = {}
-    if chip.platform == "cuda":
-        fields = {k: getattr(chip, k) for k in ("bandwidth", "memory", "device_kind")}
-        options = {"topology": chip.topology, "target_config": HOPPER.format(**fields)}
+    """All of an array on one such chip; raises what JAX raises where its compiler is missing.
+
+    From then on JAX starts no device of this machine but the CPU.
+    """
+    jax.config.update("jax_platforms", "cpu")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # ask no server which TPU this machine has
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing holds a chip: no lock
+    if chip.platform == "tpu":
+        described = topologies.get_topology_desc(platform="tpu", topology_name=chip.topology)
     else:
-        options = {"topology_name": chip.topology}
-    described = topologies.get_topology_desc(platform=chip.platform, **options)
-    mesh = topologies.make_mesh(described, (1,), ("chip",))
-    return NamedSharding(mesh, PartitionSpec())
+        fields = {name: getattr(chip, name) for name in ("bandwidth", "memory", "device_kind")}
+        described = topologies.get_topology_desc(
+            platform="cuda", topology=chip.topology, target_config=HOPPER.format(**fields)
+        )
+    return NamedSharding(topologies.make_mesh(described, (1,), ("chip",)), PartitionSpec())
 
 
 def compile_for(

@@ -46,7 +46,8 @@ _SCORES, _ROWS = 2**23, 128
 def causal_attention(q: Array, k: Array, v: Array, valid: Array, slots: Array) -> Array:
     """softmax(q k^T / sqrt(H)) v over the keys that a query may see.
 
-    Which of the two ways it takes follows from the platform that it is compiled for.
+    Which of the two ways it takes follows from the platform that it is compiled for. (Its
+    derivative has zeros for what the other would keep, as branches have: XLA drops them.)
 
     Args:
         q: (B, T, N, H).
@@ -65,7 +66,7 @@ def causal_attention(q: Array, k: Array, v: Array, valid: Array, slots: Array) -
 
 
 def visible(valid: Array, slots: Array) -> Array:
-    """bool (B, T, S), True where a query may look; arguments as for `causal_attention`."""
+    """Where a query may look, bool (B, T, S); arguments as for `causal_attention`."""
     return (jnp.arange(valid.shape[1]) <= slots[:, None]) & valid[:, None, :]
 
 
