@@ -119,3 +119,18 @@ def test_one_weight_is_held_at_a_time() -> None:
     activations = layers * x.size * 4
     temporary = compiled.memory_analysis().temp_size_in_bytes - 2 * activations
     assert temporary < 3 * size * size * 4
+
+
+def test_examples_share_the_weight_under_vmap() -> None:
+    q = quantize(jax.random.normal(jax.random.key(0), (256, 256)))
+    x = jax.random.normal(jax.random.key(1), (4, 2, 256))
+
+    def each(x: jax.Array, q: QuantArray) -> jax.Array:
+        return jax.vmap(lambda x: matmul.contract(x, q, "...i,io->...o"))(x)
+
+    def flops(fn: Any) -> float:
+        return jax.jit(fn).lower(x, q).compile().cost_analysis()["flops"]
+
+    together = flops(lambda x, q: matmul.contract(x, q, "...i,io->...o"))
+    assert flops(each) < 1.2 * together
+    np.testing.assert_allclose(each(x, q), x @ q.dequantize(), rtol=1e-4, atol=1e-4)

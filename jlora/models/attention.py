@@ -1,11 +1,15 @@
-"""Grouped-query attention with a backward pass of its own, and rotary position embeddings."""
+"""Grouped-query attention with backward passes of its own, and rotary position embeddings.
+
+There are two, of the same numbers: one that keeps the probabilities, which is the fastest on CPU,
+and one that never holds them all, for accelerators.
+"""
 
 import functools
 import math
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 
 def rotary_tables(positions: Array, inv_freq: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
@@ -35,33 +39,58 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-@jax.custom_vjp
-def attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    """softmax(q k^T / sqrt(H)) v, each group of query heads sharing one key and value head.
+# Scores that are held at once, and the fewest rows of them: matrix units want 128.
+_SCORES, _ROWS = 2**23, 128
 
-    Written out with its own gradient, which keeps the probabilities: faster on CPU than what
-    autodiff makes of `jax.nn.dot_product_attention`.
+
+def causal_attention(q: Array, k: Array, v: Array, valid: Array, slots: Array) -> Array:
+    """softmax(q k^T / sqrt(H)) v over the keys that a query may see.
+
+    Which of the two ways it takes follows from the platform that it is compiled for. (Its
+    derivative has zeros for what the other would keep, as branches have: XLA drops them.)
 
     Args:
         q: (B, T, N, H).
-        k: (B, S, K, H), N a multiple of K.
+        k: (B, S, K, H), N a multiple of K: each group of query heads shares a key and value head.
         v: (B, S, K, H).
-        mask: bool, (B, T, S), True where a query may look; a row with no True gives the mean of v.
+        valid: bool (B, S), False for keys that no query sees.
+        slots: int32 (T,), the last key that each query sees.
 
     Returns:
-        (B, T, N, H) in q's dtype; the softmax is in float32.
+        (B, T, N, H) in q's dtype; the softmax is in float32. A query that sees nothing gets the
+        mean of v.
+    """
+    return lax.platform_dependent(
+        q, k, v, valid, slots, cpu=_whole_attention, default=blocked_attention
+    )
+
+
+def visible(valid: Array, slots: Array) -> Array:
+    """Where a query may look, bool (B, T, S); arguments as for `causal_attention`."""
+    return (jnp.arange(valid.shape[1]) <= slots[:, None]) & valid[:, None, :]
+
+
+def _whole_attention(q: Array, k: Array, v: Array, valid: Array, slots: Array) -> Array:
+    return attention(q, k, v, visible(valid, slots))
+
+
+@jax.custom_vjp
+def attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
+    """`causal_attention` with any mask, bool (B, T, S).
+
+    Written out with its own gradient, which keeps the probabilities: faster on CPU than what
+    autodiff makes of `jax.nn.dot_product_attention`.
     """
     return _forward(q, k, v, mask)[0]
 
 
 def _forward(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, tuple]:
     kv_heads = k.shape[2]
-    q = _rows(q, kv_heads) * jnp.asarray(1 / math.sqrt(q.shape[-1]), q.dtype)
+    q = _scaled_rows(q, kv_heads)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    scores = _dot("bkmh,bksh->bkms", q, k)
-    by_query = scores.reshape(*scores.shape[:2], -1, *mask.shape[1:])  # (B, K, G, T, S)
-    by_query = jnp.where(mask[:, None, None], by_query, jnp.finfo(jnp.float32).min)
-    probs = jax.nn.softmax(by_query, axis=-1).astype(q.dtype).reshape(scores.shape)
+    by_query = _scores(q, k, mask)
+    probs = jax.nn.softmax(by_query, axis=-1).astype(q.dtype)
+    probs = probs.reshape(*q.shape[:3], k.shape[2])
     out = jnp.einsum("bkms,bksh->bkmh", probs, v)
     return _heads(out, mask.shape[1]), (q, k, v, probs, out)
 
@@ -78,6 +107,110 @@ def _backward(saved: tuple, grad: Array) -> tuple[Array, Array, Array, None]:
     d_q = jnp.einsum("bkms,bksh->bkmh", d_scores, k) * jnp.asarray(scale, q.dtype)
     d_k = jnp.einsum("bkms,bkmh->bksh", d_scores, q)
     return _heads(d_q, length), d_k.swapaxes(1, 2), d_v.swapaxes(1, 2), None
+
+
+attention.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def blocked_attention(q: Array, k: Array, v: Array, valid: Array, slots: Array) -> Array:
+    """`causal_attention` for some queries after others: scores are held for these alone.
+
+    The backward pass computes them again, from each row's largest score and sum (Rabe & Staats
+    2021, arXiv:2112.05682; Dao et al. 2022, arXiv:2205.14135).
+    """
+    return _blocked_forward(q, k, v, valid, slots)[0]
+
+
+def _blocked_forward(
+    q: Array, k: Array, v: Array, valid: Array, slots: Array
+) -> tuple[Array, tuple]:
+    # Or the masks of all blocks, which are those of every layer, would be computed once and kept.
+    q, valid, slots = lax.optimization_barrier((q, valid, slots))
+    keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    blocks = _query_blocks(q, k)
+
+    def block(_: None, xs: tuple[Array, Array]) -> tuple[None, tuple[Array, ...]]:
+        q, slots = xs
+        scores = _scores(_scaled_rows(q, k.shape[2]), keys, visible(valid, slots))
+        largest = scores.max(-1, keepdims=True)
+        weights = jnp.exp(scores - largest)
+        total = weights.sum(-1, keepdims=True)
+        probs = (weights / total).astype(q.dtype)
+        out = jnp.einsum("bkgts,bksh->btkgh", probs, values)
+        return None, (out.reshape(q.shape), largest, total)
+
+    _, (out, largest, total) = lax.scan(
+        block, None, (_split(q, 1, blocks), _split(slots, 0, blocks))
+    )
+    out = _join(out, q.shape[1])
+    return out, (q, k, v, valid, slots, out, largest, total)
+
+
+def _blocked_backward(saved: tuple, grad: Array) -> tuple:
+    q, k, v, valid, slots, out, largest, total = saved
+    grad, valid, slots = lax.optimization_barrier((grad, valid, slots))
+    kv_heads, scale = k.shape[2], jnp.asarray(1 / math.sqrt(k.shape[-1]), q.dtype)
+    keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    blocks = len(total)
+    # sum_s probs * d_probs = sum_h out * d_out, which is the smaller of the two.
+    inner = (out.astype(jnp.float32) * grad.astype(jnp.float32)).sum(-1, keepdims=True)
+
+    def block(carry: tuple[Array, Array], xs: tuple) -> tuple[tuple[Array, Array], Array]:
+        d_k, d_v = carry
+        q, d_out, inner, slots, largest, total = xs
+        q, d_out, inner = _scaled_rows(q, kv_heads), _rows(d_out, kv_heads), _rows(inner, kv_heads)
+        scores = _scores(q, keys, visible(valid, slots))
+        probs = (jnp.exp(scores - largest) / total).reshape(*q.shape[:3], -1)
+        d_v += _dot("bkms,bkmh->bksh", probs.astype(q.dtype), d_out)
+        d_probs = _dot("bkmh,bksh->bkms", d_out, values)
+        d_scores = (probs * (d_probs - inner)).astype(q.dtype)
+        d_k += _dot("bkms,bkmh->bksh", d_scores, q)
+        d_q = jnp.einsum("bkms,bksh->bkmh", d_scores, keys) * scale
+        return (d_k, d_v), _heads(d_q, slots.size)
+
+    zeros = jnp.zeros(keys.shape, jnp.float32)
+    by_query = (_split(x, 1, blocks) for x in (q, grad, inner))
+    xs = (*by_query, _split(slots, 0, blocks), largest, total)
+    (d_k, d_v), d_q = lax.scan(block, (zeros, zeros), xs)
+    d_k, d_v = (x.astype(k.dtype).swapaxes(1, 2) for x in (d_k, d_v))
+    return _join(d_q, q.shape[1]), d_k, d_v, None, None
+
+
+blocked_attention.defvjp(_blocked_forward, _blocked_backward)
+
+
+def _query_blocks(q: Array, k: Array) -> int:
+    """Into how many blocks the queries are split."""
+    B, T, N, _ = q.shape
+    rows = max(_SCORES // (B * N * k.shape[1]) // _ROWS, 1) * _ROWS
+    return -(-T // rows)
+
+
+def _split(x: Array, axis: int, blocks: int) -> Array:
+    """Blocks of equal size along an axis, padded with zeros, on a new first axis."""
+    rows = -(-x.shape[axis] // blocks)
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = (0, blocks * rows - x.shape[axis])
+    shape = (*x.shape[:axis], blocks, rows, *x.shape[axis + 1 :])
+    return jnp.moveaxis(jnp.pad(x, padding).reshape(shape), axis, 0)
+
+
+def _join(blocks: Array, length: int) -> Array:
+    """The inverse of `_split` along axis 1, of an array of that length."""
+    x = jnp.moveaxis(blocks, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
+
+
+def _scaled_rows(q: Array, kv_heads: int) -> Array:
+    return _rows(q, kv_heads) * jnp.asarray(1 / math.sqrt(q.shape[-1]), q.dtype)
+
+
+def _scores(q: Array, k: Array, mask: Array) -> Array:
+    """Masked scores, float32 (B, K, G, T, S), of rows of scaled queries and keys (B, K, S, H)."""
+    scores = _dot("bkmh,bksh->bkms", q, k)
+    scores = scores.reshape(*scores.shape[:2], -1, *mask.shape[1:])
+    return jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
 
 
 _dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -98,6 +231,3 @@ def _heads(rows: Array, length: int) -> Array:
     """The inverse of `_rows`: (B, K, G T, H) to (B, T, N, H)."""
     B, K, _, H = rows.shape
     return rows.reshape(B, K, -1, length, H).transpose(0, 3, 1, 2, 4).reshape(B, length, -1, H)
-
-
-attention.defvjp(_forward, _backward)

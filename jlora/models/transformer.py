@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jlora.models.attention import attention, rotary_tables, rotate
+from jlora.models.attention import causal_attention, rotary_tables, rotate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,10 +68,10 @@ class Context(NamedTuple):
 
     cos: Array
     sin: Array
-    mask: Array
-    """bool (B, T, S)."""
-    slot: Array | None
-    """First cache slot that is written, int32 (), or None without a cache."""
+    valid: Array
+    """bool (B, S), True for keys of real tokens."""
+    slots: Array
+    """int32 (T,), each token's own key, and the last that it sees."""
 
 
 class Attention(nnx.Module):
@@ -102,13 +102,12 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, ctx.cos, ctx.sin), rotate(k, ctx.cos, ctx.sin)
         if cache is not None:
-            assert ctx.slot is not None
             k, v = (
-                jax.lax.dynamic_update_slice_in_dim(old, new, ctx.slot, axis=1)
+                jax.lax.dynamic_update_slice_in_dim(old, new, ctx.slots[0], axis=1)
                 for old, new in zip(cache, (k, v), strict=True)
             )
             cache = (k, v)
-        out = attention(q, k, v, ctx.mask)
+        out = causal_attention(q, k, v, ctx.valid, ctx.slots)
         return self.o_proj(out.reshape(*x.shape[:2], -1)), cache
 
 
@@ -125,7 +124,9 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """(..., D) -> (..., D)."""
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        # One after the other, backwards too: XLA would dequantise both weights in one go.
+        gate, x = jax.lax.optimization_barrier((self.gate_proj(x), x))
+        return self.down_proj(jax.nn.silu(gate) * self.up_proj(x))
 
 
 class Block(nnx.Module):
@@ -155,6 +156,10 @@ def _run(
 # Traced once for all layers, which halves the time to trace; XLA inlines what jit makes of it.
 _run_jit, _run_remat = nnx.jit(_run), nnx.remat(_run)
 
+# A scan's forward and backward passes are loops of their own, in which nothing is common. Telling
+# XLA so all the same would have it cut out all of a layer's weights before it used the first.
+_run_scanned = nnx.remat(_run, prevent_cse=False)
+
 
 class Transformer(nnx.Module):
     """Embedding, layers and final norm."""
@@ -179,13 +184,16 @@ class Transformer(nnx.Module):
         self.config, self.scan_layers, self.remat = config, scan_layers, remat
 
     def __call__(
-        self, tokens: Array, positions: Array, mask: Array, cache: KVCache | None
+        self, tokens: Array, positions: Array, valid: Array, cache: KVCache | None
     ) -> tuple[Array, KVCache | None]:
-        """int32 (B, T) tokens and positions, bool (B, T, S) mask -> (B, T, D), and the cache."""
+        """int32 (B, T) tokens and positions, bool (B, S) valid -> (B, T, D), and the cache."""
         x = self.embed_tokens(tokens)
         cos, sin = rotary_tables(positions, jnp.asarray(self.config.inv_freq, jnp.float32), x.dtype)
-        ctx = Context(cos, sin, mask, None if cache is None else cache.length)
-        run = _run_remat if self.remat and cache is None else _run_jit
+        slots = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        ctx = Context(cos, sin, valid, slots if cache is None else cache.length + slots)
+        run: Any = _run_jit
+        if self.remat and cache is None:
+            run = _run_scanned if self.scan_layers else _run_remat
         layer_caches: Any = None if cache is None else (cache.keys, cache.values)
         if self.scan_layers:
             scan = nnx.scan(
@@ -255,8 +263,7 @@ class CausalLM(nnx.Module):
         """The last layer's normalised states, (B, T, D); arguments as for `__call__`."""
         if mask is None:
             mask = jnp.ones(tokens.shape, bool)
-        causal = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))
-        return self.model(tokens, _positions(mask), causal & mask[:, None, :], None)[0]
+        return self.model(tokens, _positions(mask), mask, None)[0]
 
     def extend(
         self, tokens: Array, positions: Array, valid: Array, cache: KVCache
@@ -272,9 +279,7 @@ class CausalLM(nnx.Module):
         Returns:
             (B, T, D), and the longer cache.
         """
-        slots = cache.length + jnp.arange(tokens.shape[1])
-        causal = jnp.arange(valid.shape[1])[None, :] <= slots[:, None]
-        hidden, longer = self.model(tokens, positions, causal & valid[:, None, :], cache)
+        hidden, longer = self.model(tokens, positions, valid, cache)
         assert longer is not None
         return hidden, longer
 

@@ -8,13 +8,14 @@ and scales are, bit for bit, those of bitsandbytes 0.50 (only there does divisio
 Subnormal numbers count as zero, as XLA has it.
 """
 
+import functools
 import math
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
-from jlora.quant.codebooks import decode4, dynamic_map, encode4, encode8
+from jlora.quant.codebooks import decode4, dynamic_map, encode4, encode8, select
 
 NESTED_BLOCK = 256
 LARGEST = 2.0**126
@@ -120,17 +121,37 @@ def quantize_nested(absmax: Array, offset: Array | None = None) -> tuple[Array, 
 
 def dequantize_nested(codes: Array, absmax: Array, offset: Array, blocks: int, out: int) -> Array:
     """The absmax, float32 (*batch, blocks, out), of what `quantize_nested` gives."""
+    # TPUs gather one number after another, and would spend more time here than on all products.
+    ways = {"tpu": _nested_by_selects, "default": _nested_by_lookup}
+    ways = {platform: functools.partial(way, blocks, out) for platform, way in ways.items()}
+    return lax.platform_dependent(codes, absmax, offset, **ways)
+
+
+def _nested_by_lookup(blocks: int, out: int, codes: Array, absmax: Array, offset: Array) -> Array:
     batch, size = offset.shape, math.prod(codes.shape[-2:])
-    # bitsandbytes rounds the product before it adds. XLA may fuse the two and round once, and drops
-    # optimization_barrier before it does; clipping changes no finite number and stands between.
-    product = jnp.clip(jnp.asarray(dynamic_map()) * absmax[..., None], -_FINITE, _FINITE)
-    table = (product + offset[..., None, None]).reshape(*batch, size)  # of what each row may hold
+    table = _nested_value(jnp.asarray(dynamic_map()), absmax, offset)  # of what rows may hold
     row = 256 * jnp.arange(codes.shape[-2], dtype=jnp.int32)[:, None]
     index = (codes.astype(jnp.int32) + row).reshape(*batch, size)[..., : out * blocks]
     index = jnp.swapaxes(index.reshape(*batch, out, blocks), -1, -2).reshape(*batch, -1)
     # A gather last, since XLA does not repeat it for each weight of a block, as it does a product.
+    table = table.reshape(*batch, size)
     found = jnp.take_along_axis(table, index, axis=-1, mode="promise_in_bounds")
     return found.reshape(*batch, blocks, out)
+
+
+def _nested_by_selects(blocks: int, out: int, codes: Array, absmax: Array, offset: Array) -> Array:
+    batch, size = offset.shape, math.prod(codes.shape[-2:])
+    flat = _nested_value(select(codes, dynamic_map()), absmax, offset).reshape(*batch, size)
+    return jnp.swapaxes(flat[..., : out * blocks].reshape(*batch, out, blocks), -1, -2)
+
+
+def _nested_value(values: Array, absmax: Array, offset: Array) -> Array:
+    """(*batch, rows, 256), with values of the dynamic map that broadcast with that.
+
+    bitsandbytes rounds the product before it adds. XLA may fuse the two and round once, and drops
+    optimization_barrier before it does; clipping changes no finite number and stands between.
+    """
+    return jnp.clip(values * absmax[..., None], -_FINITE, _FINITE) + offset[..., None, None]
 
 
 def _encode_blocks(w: Array, kind: str, axis: int) -> tuple[Array, Array]:

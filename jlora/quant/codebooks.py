@@ -50,10 +50,20 @@ def decode4(codes: Array, kind: str, unit: int | np.ndarray = 1) -> Array:
         unit: 1 where the code is in the low nibble, 16 where it is in the high one; an array of
             these is broadcast with `codes`.
     """
-    level = [jnp.float32(value) for value in CODEBOOKS[kind]]
-    for bit in (1, 2, 4, 8):
-        high = (codes & jnp.asarray(bit * unit, jnp.uint8)) != 0
+    return select(codes, CODEBOOKS[kind], unit)
+
+
+def select(codes: Array, book: np.ndarray, unit: int | np.ndarray = 1) -> Array:
+    """The entries of a book whose size is a power of two, as for `decode4`."""
+    # Constants that depend on the codes, in name only: differentiating a scan over layers moves
+    # what does not out of it, and keeps a book of constants there, each as large as the weight.
+    zero = codes & jnp.uint8(0)
+    level = [jnp.float32(value) + zero.astype(jnp.float32) for value in book]
+    bit = 1
+    while len(level) > 1:
+        high = (codes & (jnp.asarray(bit * unit, jnp.uint8) + zero)) != 0
         level = [jnp.where(high, b, a) for a, b in zip(level[::2], level[1::2], strict=True)]
+        bit *= 2
     return level[0]
 
 

@@ -4,6 +4,7 @@ What the backward pass needs is the codes, never the dequantised weight: it woul
 base that quantisation made small. The weight's own gradient is not computed.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jlora.adapter import split_equation
+from jlora.errors import JloraError
 from jlora.quant import pallas_gpu, pallas_tpu
 from jlora.quant.array import QuantArray
 from jlora.quant.codebooks import CODEBOOKS
@@ -39,9 +41,14 @@ def contract(
 def _contraction(equation: str, dtype: Any, precision: Any) -> Callable[[Array, QuantArray], Array]:
     inputs, weight, out = ("".join(term) for term in split_equation(equation))
     back = f"{out},{weight}->{inputs}"
+    if lost := set(inputs) - set(weight) - set(out):
+        raise JloraError(
+            f"{equation!r} sums over {', '.join(sorted(lost))}, which the weight does not have: "
+            "sum the input first"
+        )
 
     def plain(x: Array, q: QuantArray) -> Array:
-        return jnp.einsum(equation, x, q.dequantize(dtype), precision=precision)
+        return jnp.einsum(equation, x, _dequantize(x, q, dtype), precision=precision)
 
     @jax.custom_vjp
     def run(x: Array, q: QuantArray) -> Array:
@@ -55,13 +62,48 @@ def _contraction(equation: str, dtype: Any, precision: Any) -> Callable[[Array, 
         return run(x, q), q
 
     def backward(q: QuantArray, dy: Array) -> tuple[Array, None]:
-        # Or XLA would find that forward and backward dequantise alike, and keep every layer's
-        # weight from the one to the other.
-        q, dy = lax.optimization_barrier((q, dy))
-        return jnp.einsum(back, dy, q.dequantize(dtype), precision=precision), None
+        w = _dequantize(dy, q, dtype, backward=True)
+        return jnp.einsum(back, dy, w, precision=precision), None
 
     run.defvjp(forward, backward)
     return run
+
+
+def _dequantize(x: Array, q: QuantArray, dtype: Any, backward: bool = False) -> Array:
+    """The weight, not before its input `x` is there, and anew for each input.
+
+    Else XLA would dequantise weights that share an input in one go, those of a loop before it, and
+    those of unrolled layers all at the start; and it would see that forward and backward dequantise
+    alike, and keep every layer's weight from the one to the other.
+    """
+
+    def barrier(x: Array, q: QuantArray) -> Array:
+        if backward:
+            _, q = lax.optimization_barrier((x, q))
+            return q.dequantize(dtype)
+        # The scales alone: or XLA would cut the codes out of a stack only once for forward and
+        # backward, and keep them.
+        _, scales = lax.optimization_barrier((x, dataclasses.replace(q, codes=None)))
+        return dataclasses.replace(scales, codes=q.codes).dequantize(dtype)
+
+    def on_cpu(x: Array, q: QuantArray) -> Array:
+        codes = q.codes + _zero(x.reshape(-1)[0]).astype(q.codes.dtype)
+        return dataclasses.replace(q, codes=codes).dequantize(dtype)
+
+    if not x.size:
+        return q.dequantize(dtype)
+    return lax.platform_dependent(x, q, cpu=on_cpu, default=barrier)
+
+
+@jax.custom_batching.custom_vmap
+def _zero(x: Array) -> Array:
+    """0, as the compiler cannot know: XLA:CPU has no use for barriers."""
+    return x > jnp.inf
+
+
+@_zero.def_vmap
+def _zero_of_many(size: int, batched: list[bool], x: Array) -> tuple[Array, bool]:
+    return _zero(x[0]), False  # or each example would have a weight of its own
 
 
 def fused_for(x: Array, q: QuantArray, equation: str) -> dict[str, Callable[..., Array]]:
