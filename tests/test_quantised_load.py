@@ -80,6 +80,21 @@ def test_quantised_as_it_is_read_or_afterwards(source: Path, config: jlora.Quant
     assert isinstance(streamed.model.embed_tokens.embedding.get_value(), jax.Array)
 
 
+def test_an_output_head_that_is_asked_for(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "model", tie_word_embeddings=False, **SIZES)
+    own = jlora.load(source, quant=jlora.QuantConfig())
+    assert isinstance(own.lm_head.kernel.get_value(), jax.Array)
+    asked = jlora.QuantConfig(target_modules=("lm_head",))
+    model = jlora.load(source, quant=asked)
+    kernel = model.lm_head.kernel.get_value()
+    assert isinstance(kernel, QuantArray)
+    np.testing.assert_array_equal(model.head_weight(), kernel.dequantize().T)
+    hidden = model.hidden(TOKENS)
+    np.testing.assert_allclose(model(TOKENS), hidden @ kernel.dequantize(), atol=1e-5)
+    load.quantize(source, tmp_path / "small", asked)
+    np.testing.assert_array_equal(jlora.load(tmp_path / "small")(TOKENS), model(TOKENS))
+
+
 def test_stacked_layers_are_the_unrolled_ones(source: Path, config: jlora.QuantConfig) -> None:
     unrolled, stacked = (jlora.load(source, quant=config, scan_layers=s) for s in (False, True))
     whole = weights(stacked)["model/layers/self_attn/k_proj/kernel"]
@@ -109,7 +124,9 @@ def test_a_quantised_directory_loads_to_the_same_bits(
     assert settings["quant_method"] == "bitsandbytes"
     assert settings["load_in_8bit"] == (config.kind == "int8")
     skipped = [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
-    assert settings["llm_int8_skip_modules"][1:] == (skipped if config.exclude_modules else [])
+    assert settings["llm_int8_skip_modules"] == ["lm_head"] + (
+        skipped if config.exclude_modules else []
+    )
     # And once more: what was read is written to the same bits.
     load.save(jlora.load(tmp_path / "small"), tmp_path / "again", source=tmp_path / "small")
     first, second = (load_file(tmp_path / d / "model.safetensors") for d in ("small", "again"))

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,7 @@ def is_quantised(model_dir: Path) -> bool:
 
 
 def quantization_config(
-    packed: Mapping[str, QuantArray], *, skipped: Sequence[str], dtype: str
+    packed: Mapping[str, QuantArray], *, skipped: Collection[str], dtype: str
 ) -> dict[str, Any]:
     """What config.json says of weights that are written as bitsandbytes writes them.
 
@@ -132,12 +132,14 @@ def quantization_config(
         dtype: that transformers is to compute in.
     """
     q = next(iter(packed.values()))
+    # Also of a tied head, which is no layer here.
+    plain = [name.removesuffix(".weight") for name in {"lm_head.weight", *skipped} - set(packed)]
     four = q.kind != "int8"
     settings: dict[str, Any] = {
         "quant_method": "bitsandbytes",
         "load_in_4bit": four,
         "load_in_8bit": not four,
-        "llm_int8_skip_modules": ["lm_head", *(n.removesuffix(".weight") for n in skipped)],
+        "llm_int8_skip_modules": sorted(plain),
     }
     if four:
         settings |= {

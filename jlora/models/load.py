@@ -157,7 +157,7 @@ def save(model: CausalLM, to: Path, *, source: Path) -> None:
             }
             config = json.loads((source / "config.json").read_text(encoding="utf-8"))
             config["quantization_config"] = families.quantization_config(
-                packed, skipped=sorted(linear - set(packed)), dtype=jnp.dtype(model.dtype).name
+                packed, skipped=linear, dtype=jnp.dtype(model.dtype).name
             )
             write_text(scratch / "config.json", json.dumps(config, indent=2) + "\n")
         save_tensors(tensors, scratch / "model.safetensors")

@@ -14,6 +14,7 @@ from flax import nnx
 from jax import Array
 
 from jlora.models.attention import causal_attention, rotary_tables, rotate
+from jlora.quant.array import QuantArray
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -299,7 +300,8 @@ class CausalLM(nnx.Module):
         """The output projection, (V, D)."""
         if self.config.tie_word_embeddings:
             return self.model.embed_tokens.embedding[...]
-        return self.lm_head.kernel[...].T
+        kernel = self.lm_head.kernel.get_value()
+        return (kernel.dequantize() if isinstance(kernel, QuantArray) else kernel).T
 
     def logits(self, hidden: Array) -> Array:
         """(..., D) -> float32 (..., V)."""
