@@ -191,7 +191,7 @@ class Transformer(nnx.Module):
         cos, sin = rotary_tables(positions, jnp.asarray(self.config.inv_freq, jnp.float32), x.dtype)
         slots = jnp.arange(tokens.shape[1], dtype=jnp.int32)
         ctx = Context(cos, sin, valid, slots if cache is None else cache.length + slots)
-        run = _run_jit
+        run: Any = _run_jit
         if self.remat and cache is None:
             run = _run_scanned if self.scan_layers else _run_remat
         layer_caches: Any = None if cache is None else (cache.keys, cache.values)
