@@ -211,7 +211,7 @@ def _layer_shapes(
             yield layer, leaf.shape if layers == [path] else leaf.shape[1:]
 
 
-def _read(path: str, leaf: Any, stacks: dict[str, int], tensors: Tensors) -> jnp.ndarray:
+def _read(path: str, leaf: Any, stacks: dict[str, int], tensors: Tensors) -> jax.Array:
     """One leaf in its own dtype, filled layer by layer if it is stacked."""
     layers = canonical.layer_paths(path, stacks)
     whole = empty(leaf.shape, leaf.dtype)
@@ -221,7 +221,7 @@ def _read(path: str, leaf: Any, stacks: dict[str, int], tensors: Tensors) -> jnp
             transpose_into(part, tensors.read(name))
         else:
             part[...] = tensors.read(name)
-    return jnp.asarray(whole)
+    return jax.device_put(whole)
 
 
 def _read_packed(
@@ -246,4 +246,4 @@ def _read_packed(
     layers = canonical.layer_paths(path, stacks)
     each = map(one, layers)
     q = next(each) if layers == [path] else stack(each, len(layers))
-    return jax.tree.map(jnp.asarray, q)
+    return jax.device_put(q)

@@ -92,10 +92,11 @@ class Tensors:
         return {n for n in self._of if n in beside or n.startswith(f"{name}.")}
 
 
-_FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_FLOATS |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
-_WHOLE = {f"{kind[0].upper()}{8 * n}": f"{kind}{8 * n}" for kind in ("int", "uint") for n in (1, 2, 4, 8)}
-_DTYPES = _FLOATS | _WHOLE | {"BOOL": "bool"}
+# safetensors' name of a dtype -> NumPy's
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_DTYPES |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "BOOL": "bool"}
+_DTYPES |= {f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)}
+_DTYPES |= {f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)}
 
 
 def _places(model_dir: Path) -> Iterator[tuple[str, _Place]]:
@@ -116,7 +117,7 @@ def _places(model_dir: Path) -> Iterator[tuple[str, _Place]]:
         )
     for file in (model_dir / name for name in names):
         try:
-            safe_open(file, framework="np")  # sees to it that the header is sound and nothing lacks
+            safe_open(file, framework="np")  # refuses what is truncated
         except (SafetensorError, OSError) as error:
             raise JloraError(
                 f"{file} is truncated or no safetensors file ({error}); fetch it again"

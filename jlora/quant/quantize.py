@@ -139,7 +139,9 @@ def quantize_rows(
         nested = None
         if double_quant:
             nested = tuple(np.asarray(x) for x in jax.jit(blockwise.quantize_nested)(absmax))
-    children = _children(codes, None if nested else np.ascontiguousarray(absmax.T), nested)
+    scales = empty((blocks, out), np.float32)
+    transpose_into(scales, absmax)
+    children = _children(codes, scales, nested)
     return kernel(*children, kind=kind, block_size=block_size, size=size, dtype=weight.dtype)
 
 
@@ -201,7 +203,10 @@ def unstack(array: QuantArray) -> list[QuantArray]:
 
 
 def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An array for JAX to take over without a copy, which on a CPU wants 64-byte alignment."""
+    """An array that jax.device_put takes over without a copy: on a CPU it wants 64-byte alignment.
+
+    jnp.asarray copies all the same.
+    """
     size = math.prod(shape) * np.dtype(dtype).itemsize
     raw = np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
