@@ -4,8 +4,8 @@ r"""How much host memory it takes to load a model quantised to NF4, and to train
     python benchmarks/host_memory.py --synthetic llama2-7b --train
 
 The first loads a model in both layouts of its layers, to float32 and to bfloat16. The second writes
-random bfloat16 weights of a known shape to a directory beside this one (Llama-2-7B: 13.5 GB), loads
-them, takes one QLoRA step if told to, and removes them. Each case is a process of its own.
+random bfloat16 weights of a known shape below build/ (Llama-2-7B: 13.5 GB), loads them, takes one
+QLoRA step if told to, and removes them. Each case is a process of its own.
 
 What counts is the most that was resident, as Linux's kernel knows it: no sample misses a short
 peak. Pages of mapped files are part of it, so that anonymous memory is never more. It is taken
@@ -87,7 +87,9 @@ def main() -> None:
         if args.layers:
             config = dataclasses.replace(config, num_hidden_layers=args.layers)
         name = "_".join(["host_memory", args.synthetic, *([str(args.layers)] * bool(args.layers))])
-        with tempfile.TemporaryDirectory(dir=record.ROOT, prefix=".weights-") as scratch:
+        build = record.ROOT / "build"  # a directory for temporary files may be in memory
+        build.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=build) as scratch:
             write_model(Path(scratch), config)
             cases = [run(args, Path(scratch), "float32", scan=True)]
     result = {"slack": SLACK, "cases": cases, "broken": [x for c in cases for x in broken(c, args)]}

@@ -47,7 +47,7 @@ def load(
         scan_layers: stack the layers and scan over them.
         remat: recompute each layer's activations in the backward pass.
         quant: quantise weights, each as it is read: memory never holds more than the quantised
-            model and one or two tensors beside it.
+            model and one or two tensors beside it (benchmarks/host_memory.py measures it).
 
     Raises:
         JloraError: files that are missing, truncated or no safetensors; keys that are missing or
@@ -172,7 +172,7 @@ def quantize(model_dir: Path, to: Path, quant: QuantConfig) -> None:
         JloraError: as `load`; a weight that bitsandbytes' layout has no place for.
     """
     tensors = Tensors(model_dir)
-    dtypes = {tensors.dtype(name) for name in tensors.shapes()}
+    dtypes = {tensors.dtype(name) for name, shape in tensors.shapes().items() if shape is not None}
     if len(dtypes) > 1:
         raise JloraError(
             f"the weights in {model_dir} are of several dtypes, {', '.join(sorted(dtypes))}; "

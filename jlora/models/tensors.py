@@ -117,7 +117,8 @@ def _places(model_dir: Path) -> Iterator[tuple[str, _Place]]:
         )
     for file in (model_dir / name for name in names):
         try:
-            safe_open(file, framework="np")  # refuses what is truncated
+            with safe_open(file, framework="np"):  # refuses what is truncated
+                pass
         except (SafetensorError, OSError) as error:
             raise JloraError(
                 f"{file} is truncated or no safetensors file ({error}); fetch it again"

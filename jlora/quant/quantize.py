@@ -13,7 +13,7 @@ from jlora.errors import JloraError
 from jlora.quant import blockwise, checks
 from jlora.quant.array import QuantArray
 
-_CHUNK = 4_000_000  # weights that `quantize_rows` works on at a time
+_CHUNK = 1 << 20  # weights that `quantize_rows` works on at a time
 
 
 def quantize(
