@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from jlora.models.tensors import Tensors
 from jlora.models.transformer import CausalLM
 from jlora.quant import bitsandbytes
 from jlora.quant.array import QuantArray
-from jlora.quant.quantize import quantize_rows, stack
+from jlora.quant.quantize import empty, quantize_rows, stack, transpose_into
 
 # What belongs to a model beside its weights: configurations, tokenizer, chat template.
 _COPIED = {".json", ".jinja", ".txt", ".model"}
@@ -46,7 +47,7 @@ def load(
         scan_layers: stack the layers and scan over them.
         remat: recompute each layer's activations in the backward pass.
         quant: quantise weights, each as it is read: memory never holds more than the quantised
-            model and one or two tensors beside it.
+            model and one or two tensors beside it (benchmarks/host_memory.py measures it).
 
     Raises:
         JloraError: files that are missing, truncated or no safetensors; keys that are missing or
@@ -56,16 +57,16 @@ def load(
     model_dir = Path(model_dir)
     model = abstract(model_dir, dtype=dtype, scan_layers=scan_layers, remat=remat)
     stacks = injection.stacks(model)
-    with Tensors(model_dir) as tensors:
-        packed = _mark(model, tensors, quant)
-        leaves, base = injection.partition(model, everything=True)
-        _check(model_dir, leaves, stacks, tensors, model.config.tie_word_embeddings)
-        loaded = {
-            path: _read_packed(path, leaf, stacks, tensors, quant)
-            if path in packed
-            else _read(path, leaf, stacks, tensors)
-            for path, leaf in leaves.items()
-        }
+    tensors = Tensors(model_dir)
+    packed = _mark(model, tensors, quant)
+    leaves, base = injection.partition(model, everything=True)
+    _check(model_dir, leaves, stacks, tensors, model.config.tie_word_embeddings)
+    loaded = {
+        path: _read_packed(path, leaf, stacks, tensors, quant)
+        if path in packed
+        else _read(path, leaf, stacks, tensors)
+        for path, leaf in leaves.items()
+    }
     return injection.combine(loaded, base)
 
 
@@ -113,10 +114,11 @@ def abstract(
 ) -> CausalLM:
     """The model of a directory with shapes for weights: what names and counts need."""
     config = families.read_config(Path(model_dir))
+    # One key for all: nnx.Rngs counts its draws, and traced that takes seconds for many layers.
+    key = jax.random.key(0)
+    rngs: Any = types.SimpleNamespace(params=lambda: key)
     return nnx.eval_shape(
-        lambda: CausalLM(
-            config, rngs=nnx.Rngs(0), dtype=dtype, scan_layers=scan_layers, remat=remat
-        )
+        lambda: CausalLM(config, rngs=rngs, dtype=dtype, scan_layers=scan_layers, remat=remat)
     )
 
 
@@ -174,8 +176,8 @@ def quantize(model_dir: Path, to: Path, quant: QuantConfig) -> None:
     Raises:
         JloraError: as `load`; a weight that bitsandbytes' layout has no place for.
     """
-    with Tensors(model_dir) as tensors:
-        dtypes = {tensors.dtype(name) for name in tensors.shapes()}
+    tensors = Tensors(model_dir)
+    dtypes = {tensors.dtype(name) for name, shape in tensors.shapes().items() if shape is not None}
     if len(dtypes) > 1:
         raise JloraError(
             f"the weights in {model_dir} are of several dtypes, {', '.join(sorted(dtypes))}; "
@@ -214,21 +216,17 @@ def _layer_shapes(
             yield layer, leaf.shape if layers == [path] else leaf.shape[1:]
 
 
-def _read(path: str, leaf: Any, stacks: dict[str, int], tensors: Tensors) -> jnp.ndarray:
-    """One leaf in its own dtype; a stacked one is filled layer by layer."""
+def _read(path: str, leaf: Any, stacks: dict[str, int], tensors: Tensors) -> jax.Array:
+    """One leaf in its own dtype, filled layer by layer if it is stacked."""
     layers = canonical.layer_paths(path, stacks)
-    if layers == [path]:
-        return jnp.asarray(_tensor(path, tensors), dtype=leaf.dtype)
-    stacked = np.empty(leaf.shape, leaf.dtype)
-    for i, layer in enumerate(layers):
-        stacked[i] = _tensor(layer, tensors)
-    return jnp.asarray(stacked)
-
-
-def _tensor(path: str, tensors: Tensors) -> np.ndarray:
-    name, transposed = families.hf_name(path)
-    array = tensors.read(name)
-    return array.T if transposed else array
+    whole = empty(leaf.shape, leaf.dtype)
+    for layer, part in zip(layers, [whole] if layers == [path] else whole, strict=True):
+        name, transposed = families.hf_name(layer)
+        if transposed:
+            transpose_into(part, tensors.read(name))
+        else:
+            part[...] = tensors.read(name)
+    return jax.device_put(whole)
 
 
 def _read_packed(
@@ -253,4 +251,4 @@ def _read_packed(
     layers = canonical.layer_paths(path, stacks)
     each = map(one, layers)
     q = next(each) if layers == [path] else stack(each, len(layers))
-    return jax.tree.map(jnp.asarray, q)
+    return jax.device_put(q)

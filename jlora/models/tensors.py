@@ -1,13 +1,13 @@
 """The tensors of a Hugging Face directory, quantised or not, read one at a time."""
 
 import json
+import math
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -19,36 +19,43 @@ from jlora.quant.array import QuantArray
 _RECOMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
+class _Place(NamedTuple):
+    """Where a tensor lies."""
+
+    file: Path
+    start: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
 class Tensors:
-    """The open files of a checkpoint; a context manager.
+    """The tensors of a checkpoint.
+
+    They are read, not mapped: what a process has mapped counts as its memory once it was touched.
 
     Raises:
         JloraError: files that are missing, truncated or no safetensors.
     """
 
     def __init__(self, model_dir: Path):
-        self._files = ExitStack()
-        try:
-            self._of = dict(_open(model_dir, self._files))
-        except BaseException:
-            self._files.close()
-            raise
+        self._of = dict(_places(model_dir))
         state = re.escape(bitsandbytes.STATE)
         marks = (re.fullmatch(rf"(.*\.)(?:{state}\w+|SCB)", name) for name in self._of)
         self.quantised = {f"{mark[1]}weight" for mark in marks if mark}
         """Names of the weights that bitsandbytes quantised."""
 
-    def __enter__(self) -> "Tensors":
-        return self
-
-    def __exit__(
-        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._files.close()
-
     def read(self, name: str) -> np.ndarray:
-        """A tensor as it lies on disk."""
-        return self._of[name].get_tensor(name)
+        """A tensor as it lies on disk.
+
+        Raises:
+            JloraError: its file has become shorter, or its dtype is not known.
+        """
+        file, start, _, shape = self._of[name]
+        dtype = jnp.dtype(self.dtype(name))
+        array = np.fromfile(file, dtype, count=math.prod(shape), offset=start)
+        if array.size != math.prod(shape):
+            raise JloraError(f"{file} was cut short while it was read; fetch it again")
+        return array.reshape(shape)
 
     def read_quantised(self, name: str, shape: tuple[int, int], dtype: Any) -> QuantArray:
         """A quantised weight (out, in), as that of a kernel (in, out).
@@ -64,14 +71,19 @@ class Tensors:
         """Name -> shape of every weight; None for what is quantised, which says so itself."""
         parts = {part for name in self.quantised for part in self._parts(name)}
         return {
-            name: None if name in self.quantised else tuple(file.get_slice(name).get_shape())
-            for name, file in self._of.items()
+            name: None if name in self.quantised else place.shape
+            for name, place in self._of.items()
             if name not in parts and not _RECOMPUTED.fullmatch(name)
         }
 
     def dtype(self, name: str) -> str:
         """The dtype of a tensor as NumPy calls it: "bfloat16"."""
-        return _DTYPES.get(self._of[name].get_slice(name).get_dtype(), "float32")
+        place = self._of[name]
+        if place.dtype not in _DTYPES:
+            raise JloraError(
+                f"{place.file}: {name} is {place.dtype}, and only {', '.join(_DTYPES)} are read"
+            )
+        return _DTYPES[place.dtype]
 
     def _parts(self, name: str) -> set[str]:
         """Names of what lies beside the codes of a quantised weight."""
@@ -80,11 +92,15 @@ class Tensors:
         return {n for n in self._of if n in beside or n.startswith(f"{name}.")}
 
 
-_DTYPES = {"BF16": "bfloat16", "F16": "float16"}
+# safetensors' name of a dtype -> NumPy's
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_DTYPES |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "BOOL": "bool"}
+_DTYPES |= {f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)}
+_DTYPES |= {f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)}
 
 
-def _open(model_dir: Path, files: ExitStack) -> Iterator[tuple[str, Any]]:
-    """(tensor name, open file) for every tensor of the checkpoint."""
+def _places(model_dir: Path) -> Iterator[tuple[str, _Place]]:
+    """(name, place) for every tensor of the checkpoint."""
     index = model_dir / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.is_file():
@@ -99,12 +115,18 @@ def _open(model_dir: Path, files: ExitStack) -> Iterator[tuple[str, Any]]:
             f"{model_dir} lacks {', '.join(absent)}; weights must be safetensors: fetch or convert "
             "the model again"
         )
-    for name in names:
+    for file in (model_dir / name for name in names):
         try:
-            file = files.enter_context(safe_open(model_dir / name, framework="np"))
+            with safe_open(file, framework="np"):  # refuses what is truncated
+                pass
         except (SafetensorError, OSError) as error:
             raise JloraError(
-                f"{model_dir / name} is truncated or no safetensors file ({error}); fetch it again"
+                f"{file} is truncated or no safetensors file ({error}); fetch it again"
             ) from None
-        for key in file.keys():  # noqa: SIM118 (not a mapping)
-            yield key, file
+        with file.open("rb") as opened:
+            size = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(size))
+        for name, about in header.items():
+            if name != "__metadata__":
+                start, _ = about["data_offsets"]
+                yield name, _Place(file, 8 + size + start, about["dtype"], tuple(about["shape"]))
