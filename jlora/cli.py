@@ -282,10 +282,24 @@ def _load(settings: Any) -> tuple[Any, Any]:
 
     vocab_size = families.read_config(settings.model).vocab_size
     tokenizer = chat.load_tokenizer(settings.model, vocab_size)
-    model = load.load(settings.model, dtype=load.compute_dtype(settings.dtype))
+    dtype = load.compute_dtype(settings.dtype)
+    model = load.load(settings.model, dtype=dtype, quant=_quant_of(settings))
     if settings.adapter is not None:
         adapters.load_adapter(settings.adapter, model)
     return model, tokenizer
+
+
+def _quant_of(settings: Any) -> config.QuantConfig | None:
+    """How a run that --adapter names quantised the base that its adapter was trained on."""
+    from jlora.models import load
+    from jlora.train.run import Run
+
+    if settings.adapter is None or not (file := Run(settings.adapter).config_file).is_file():
+        return None
+    used = conversion.read_toml(file)
+    if used.get("method") != "qlora" or load.is_quantised(settings.model):
+        return None
+    return conversion.from_dict(config.QuantConfig, used["quant"], where=str(file))
 
 
 def use_compilation_cache() -> None:

@@ -14,6 +14,17 @@ from safetensors.numpy import save_file
 from jlora.errors import JloraError
 
 
+def demand_free(to: Path) -> None:
+    """Demand that a directory can be made at `to`, or is there and empty.
+
+    Raises:
+      JloraError: `to` is a file, or a directory with something in it.
+    """
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        what = "a directory that isn't empty" if to.is_dir() else "a file"
+        raise JloraError(f"{to} is {what}; give another path, or remove it first")
+
+
 @contextmanager
 def new_directory(to: Path) -> Iterator[Path]:
     """Give an empty directory beside `to` which becomes `to` when the block ends without an error.
@@ -23,9 +34,7 @@ def new_directory(to: Path) -> Iterator[Path]:
     Raises:
       JloraError: `to` is a file, or a directory with something in it.
     """
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        what = "a directory that isn't empty" if to.is_dir() else "a file"
-        raise JloraError(f"{to} is {what}; give another path, or remove it first")
+    demand_free(to)
     to = to.resolve()  # so that a link keeps pointing where it did
     to.parent.mkdir(parents=True, exist_ok=True)
     stage = to.parent / f".{to.name}.{uuid.uuid4().hex[:8]}.partial"

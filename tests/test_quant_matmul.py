@@ -58,6 +58,26 @@ def test_it_computes_in_the_dtype_that_it_is_told() -> None:
     )
 
 
+def test_twice_differentiated() -> None:
+    x, q = case("...i,io->...o")
+
+    def loss(x: jax.Array, dequantised: bool) -> jax.Array:
+        y = x @ q.dequantize() if dequantised else matmul.contract(x, q, "...i,io->...o")
+        return jnp.tanh(y).sum()
+
+    got, expected = (
+        jax.grad(lambda x, d=d: (jax.grad(loss)(x, d) ** 2).sum())(x) for d in (False, True)
+    )
+    np.testing.assert_allclose(got, expected, atol=1e-5 * float(jnp.abs(expected).max()))
+
+
+def test_no_examples() -> None:
+    _, q = case("...i,io->...o")
+    over = jax.vmap(lambda x: matmul.contract(x, q, "...i,io->...o"))
+    assert over(jnp.ones((0, 3, 64))).shape == (0, 3, 32)
+    assert matmul.contract(jnp.ones((0, 64)), q, "...i,io->...o").shape == (0, 32)
+
+
 def test_an_input_that_is_summed_away() -> None:
     x, q = case("...i,io->...o")
     with pytest.raises(JloraError, match=r"'bti,io->bo' sums over t, which the weight does not"):

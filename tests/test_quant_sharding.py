@@ -97,6 +97,18 @@ def on_four_devices() -> None:
             np.testing.assert_array_equal(
                 np.asarray(divided.dequantize(jnp.float32)), np.asarray(q.dequantize(jnp.float32))
             )
+    # With explicit axes, as `make_mesh` has them by itself, rows are divided.
+    explicit = jax.make_mesh((4,), ("data",))
+    q = quantize(weight(512, 128))
+    expected = jax.jit(jax.value_and_grad(loss))(x, q)
+    with jax.set_mesh(explicit):
+        rows = jax.device_put(x, jax.sharding.NamedSharding(explicit, P("data", None)))
+        got = jax.jit(jax.value_and_grad(loss))(rows, q)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
+    # A kernel is for one device, and none is chosen where there are several.
+    jax.default_backend = lambda: "tpu"
+    assert matmul.fused_for(x, q, "...i,io->...o") == {}
     print("the same on", jax.device_count(), "devices")
 
 

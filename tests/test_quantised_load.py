@@ -1,6 +1,5 @@
 """Models that are quantised as they are read, directories that hold them so, and runs on them."""
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -10,17 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import compilation_cache, write_chats, write_model
+from helpers import compilation_cache, write_model
 from safetensors.numpy import load_file, save_file
 
 import jlora
 from jlora import cli, injection
-from jlora.config import EvalConfig, LoaderConfig, OptimConfig, TrainConfig
 from jlora.errors import JloraError
 from jlora.models import load
 from jlora.quant.array import QuantArray
 from jlora.quant.quantize import unstack
-from jlora.train import loop
 
 TOKENS = jnp.asarray([[5, 9, 200, 7, 7, 31, 2], [8, 1, 4, 100, 23, 0, 1]], jnp.int32)
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
@@ -223,67 +220,27 @@ def test_a_block_that_is_not_full(tmp_path: Path, caplog: pytest.LogCaptureFixtu
         load.quantize(source, tmp_path / "small", jlora.QuantConfig())
 
 
-@pytest.fixture(scope="module")
-def settings(source: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
-    data = write_chats(tmp_path_factory.mktemp("quantised") / "data")
-    return TrainConfig(
-        model=source,
-        data=str(data),
-        output=Path("set by each test"),
-        method="qlora",
-        steps=6,
-        checkpoint_every=3,
-        lora=jlora.LoraConfig(r=4, lora_alpha=8),
-        optim=OptimConfig(lr=1e-2, warmup_steps=2),
-        loader=LoaderConfig(batch_size=8, max_shapes=1),
-        eval=EvalConfig(loss_rows=8, answer_rows=0, samples=0),
-    )
+def test_a_weight_that_is_no_layers(source: Path, tmp_path: Path) -> None:
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        tensors["model.norm.weight"] = np.full(64, 7, np.int8)
+        tensors["model.norm.SCB"] = np.ones(64, np.float32)
+
+    with pytest.raises(JloraError, match=r"model\.norm\.weight: quantised, but no linear layer's"):
+        jlora.load(broken(source, tmp_path / "small", change))
 
 
-def run(settings: TrainConfig, **changes: Any) -> dict[str, Any]:
-    return loop.train(dataclasses.replace(settings, **changes), say=lambda line: None)
+def test_before_any_work(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "load", lambda *args, **options: pytest.fail("weights were read"))
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").touch()
+    with pytest.raises(JloraError, match="isn't empty"):
+        load.quantize(source, tmp_path / "there", jlora.QuantConfig())
 
 
-def test_runs(settings: TrainConfig, tmp_path: Path) -> None:
-    report = run(settings, output=tmp_path / "run")
-    assert report["method"] == "qlora"
-    assert report["eval_loss_after"] < report["eval_loss_before"]
-    # On a directory that holds the same codes, the same run.
-    load.quantize(settings.model, tmp_path / "small", jlora.QuantConfig())
-    run(settings, model=tmp_path / "small", output=tmp_path / "other")
-    run(settings, output=tmp_path / "halves", steps=6, scan_layers=False)
-    first = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
-    for other in ("other", "halves"):
-        assert_same(first, load_file(tmp_path / other / "adapter" / "adapter_model.safetensors"))
-    base = jlora.load(settings.model, quant=jlora.QuantConfig())
-    loaded = jlora.load_adapter(tmp_path / "run", base)
-    assert np.abs(loaded(TOKENS) - jlora.eject(loaded)(TOKENS)).max() > 1e-3
-    from_checkpoint = jlora.load_adapter(tmp_path / "run" / "checkpoints" / "6", base)
-    np.testing.assert_array_equal(
-        from_checkpoint.model.layers[0].mlp.up_proj.lora_b[...].T,
-        first["base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"],
-    )
-
-
-def test_runs_that_are_refused(settings: TrainConfig, tmp_path: Path) -> None:
-    load.quantize(settings.model, tmp_path / "small", jlora.QuantConfig())
-    refused = {
-        r"--method full: the weights in .* are quantised": {"method": "full"},
-        r"--quant: the weights in .* are quantised already": {
-            "quant": jlora.QuantConfig(kind="int8")
-        },
-    }
-    for message, changes in refused.items():
-        with pytest.raises(JloraError, match=message):
-            run(settings, model=tmp_path / "small", output=tmp_path / "run", **changes)
-        assert not (tmp_path / "run").exists()
-
-
-def test_quant_without_qlora_is_not_ignored(settings: TrainConfig, tmp_path: Path) -> None:
-    with pytest.raises(JloraError, match=r"--quant .* --method qlora"):
-        run(
-            settings,
-            method="lora",
-            quant=jlora.QuantConfig(kind="int8"),
-            output=tmp_path / "run",
-        )
+def test_a_merged_model_is_saved_as_a_plain_one(source: Path, tmp_path: Path) -> None:
+    load.quantize(source, tmp_path / "small", jlora.QuantConfig())
+    model = jlora.load(tmp_path / "small")
+    jlora.inject(model, jlora.LoraConfig(r=2), rngs=jax.random.key(0))
+    load.save(jlora.merge(model), tmp_path / "merged", source=tmp_path / "small")
+    assert "quantization_config" not in json.loads((tmp_path / "merged/config.json").read_text())
+    np.testing.assert_allclose(jlora.load(tmp_path / "merged")(TOKENS), model(TOKENS), atol=1e-5)

@@ -115,12 +115,6 @@ def _refuse(file: Path, config: Mapping[str, Any]) -> None:
         raise JloraError(f"{file}: not supported: {'; '.join(problems)}")
 
 
-def is_quantised(model_dir: Path) -> bool:
-    """Whether the config.json of a directory says that weights are quantised."""
-    file = model_dir / "config.json"
-    return bool(json.loads(file.read_text(encoding="utf-8")).get("quantization_config"))
-
-
 def quantization_config(
     packed: Mapping[str, QuantArray], *, skipped: Collection[str], dtype: str
 ) -> dict[str, Any]:

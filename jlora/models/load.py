@@ -16,7 +16,7 @@ from flax import nnx
 from jlora import canonical, injection, paths
 from jlora.config import QuantConfig
 from jlora.errors import JloraError
-from jlora.files import new_directory, save_tensors, write_text
+from jlora.files import demand_free, new_directory, save_tensors, write_text
 from jlora.matching import dotted
 from jlora.models import families
 from jlora.models.tensors import Tensors
@@ -70,12 +70,28 @@ def load(
     return injection.combine(loaded, base)
 
 
-def _mark(model: CausalLM, tensors: Tensors, quant: QuantConfig | None) -> set[str]:
-    """Have the layers whose weights are or will be quantised say so; the paths of these weights."""
-    if quant is not None and tensors.quantised:
+def is_quantised(model_dir: Path) -> bool:
+    """Whether a directory holds weights that bitsandbytes quantised, whatever its config says."""
+    return bool(Tensors(model_dir).quantised)
+
+
+def _demand_plain(tensors: Tensors) -> None:
+    if tensors.quantised:
         raise JloraError(
             f"{len(tensors.quantised)} weights are quantised already, "
             f"{min(tensors.quantised)} for one: leave quant out, or start from the original model"
+        )
+
+
+def _mark(model: CausalLM, tensors: Tensors, quant: QuantConfig | None) -> set[str]:
+    """Have the layers whose weights are or will be quantised say so; the paths of these weights."""
+    if quant is not None:
+        _demand_plain(tensors)
+    known = {f"{dotted(name)}.weight" for site in injection.sites(model) for name in site.names}
+    if strange := tensors.quantised - known - {"lm_head.weight"}:
+        raise JloraError(
+            f"{', '.join(sorted(strange)[:5])}: quantised, but no linear layer's weight: was the "
+            "checkpoint damaged, or written for another model?"
         )
     if quant is not None:
         sites = injection.to_quantise(model, quant)
@@ -150,14 +166,12 @@ def save(model: CausalLM, to: Path, *, source: Path) -> None:
             other = file.name.startswith("model.safetensors") or file.name == "jlora_source.json"
             if file.is_file() and file.suffix in _COPIED and not other:
                 shutil.copy(file, scratch)
+        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        if config.pop("quantization_config", None) and not packed:  # it is merged by now
+            write_text(scratch / "config.json", json.dumps(config, indent=2) + "\n")
         if packed:
-            linear = {
-                f"{dotted(n)}.weight"
-                for s in injection.sites(model)
-                if s.kind == "linear"
-                for n in s.names
-            }
-            config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+            sites = [site for site in injection.sites(model) if site.kind == "linear"]
+            linear = {f"{dotted(name)}.weight" for site in sites for name in site.names}
             config["quantization_config"] = families.quantization_config(
                 packed, skipped=linear, dtype=jnp.dtype(model.dtype).name
             )
@@ -176,7 +190,9 @@ def quantize(model_dir: Path, to: Path, quant: QuantConfig) -> None:
     Raises:
         JloraError: as `load`; a weight that bitsandbytes' layout has no place for.
     """
+    demand_free(to)  # before the work
     tensors = Tensors(model_dir)
+    _demand_plain(tensors)
     dtypes = {tensors.dtype(name) for name, shape in tensors.shapes().items() if shape is not None}
     if len(dtypes) > 1:
         raise JloraError(

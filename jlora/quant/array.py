@@ -145,6 +145,7 @@ class QuantArray(_NotAnArray):
     def specs(self, axes: Sequence[Any]) -> "QuantArray":
         """How to shard it like the weight that it stands for.
 
+        For a mesh whose axes are Auto: explicit ones would have to be named at each step within.
         Scales that are quantised run on from one output to the next, and are not divided along
         the inputs. What is divided is whole blocks: say so many that the mesh's axis divides them.
 

@@ -128,7 +128,7 @@ def _from_int8(
         problems.append(f"SCB is {_what(scale)}, and float32 ({weight.shape[0]},) is expected")
     elif not np.isfinite(scale).all():
         problems.append("SCB has values that are infinite or not numbers")
-    if int(found.get("weight_format", np.zeros(1)).reshape(-1)[0]):
+    if np.any(found.get("weight_format", 0)):
         problems.append(f"weight_format is {found['weight_format']}, and only 0, by row, is known")
     if weight is not None and shape is not None and weight.shape != tuple(shape):
         problems.append(f"weight is {_what(weight)}, and the model has {tuple(shape)}")
@@ -213,7 +213,7 @@ def _state(found: dict[str, np.ndarray], problems: list[str]) -> dict[str, Any] 
         return None
     wanted = {
         "quant_type": lambda v: v == kind,
-        "blocksize": lambda v: v in BLOCK_SIZES,
+        "blocksize": lambda v: isinstance(v, int) and v in BLOCK_SIZES,
         "dtype": lambda v: v in _DTYPES,
         "shape": lambda v: isinstance(v, list) and len(v) == 2 and all(map(_is_size, v)),
     }

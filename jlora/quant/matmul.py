@@ -26,6 +26,8 @@ def contract(
 ) -> Array:
     """The einsum of an input and a quantised weight; differentiable with respect to the input.
 
+    In reverse mode, that is, as custom_vjp has it: not by jax.jvp.
+
     Args:
         x: the input.
         q: the weight, of no stacked layers.
@@ -87,11 +89,13 @@ def _dequantize(x: Array, q: QuantArray, dtype: Any, backward: bool = False) -> 
         return dataclasses.replace(scales, codes=q.codes).dequantize(dtype)
 
     def on_cpu(x: Array, q: QuantArray) -> Array:
-        codes = q.codes + _zero(x.reshape(-1)[0]).astype(q.codes.dtype)
+        codes = q.codes + _zero(lax.stop_gradient(x.reshape(-1)[0])).astype(q.codes.dtype)
         return dataclasses.replace(q, codes=codes).dequantize(dtype)
 
     if not x.size:
         return q.dequantize(dtype)
+    if not jax.typeof(x).sharding.mesh.empty:  # whose axes, if explicit, cannot be indexed
+        return barrier(x, q)
     return lax.platform_dependent(x, q, cpu=on_cpu, default=barrier)
 
 
@@ -103,21 +107,24 @@ def _zero(x: Array) -> Array:
 
 @_zero.def_vmap
 def _zero_of_many(size: int, batched: list[bool], x: Array) -> tuple[Array, bool]:
-    return _zero(x[0]), False  # or each example would have a weight of its own
+    # Unbatched, or each example would have a weight of its own.
+    return (_zero(x[0]) if size else jnp.zeros((), bool)), False
 
 
 def fused_for(x: Array, q: QuantArray, equation: str) -> dict[str, Callable[..., Array]]:
     """Platform -> kernel that dequantises within the product, where one pays: the dispatch rule.
 
     That is where 4-bit codes are multiplied by so few rows (decoding, small batches) that reading
-    the weight is what takes the time. With more rows, dequantising it once is a small part.
+    the weight is what takes the time. With more rows, dequantising it once is a small part. A
+    process with several devices has none: the compiler cannot divide a kernel among them.
     """
     inputs, weight, out = split_equation(equation)
     contracted = [c for c in weight if c not in out]
     made = [c for c in weight if c not in inputs]
     rest = [c for c in inputs if c not in contracted]
     as_matrix = inputs == rest + contracted and out == rest + made and weight == contracted + made
-    if q.kind == "int8" or not as_matrix or q.codes.ndim != 2:
+    several = jax.device_count() > 1
+    if q.kind == "int8" or not as_matrix or q.codes.ndim != 2 or several:
         return {}
     size, columns = math.prod(q.in_shape), math.prod(q.out_shape)
     rows = x.size // size

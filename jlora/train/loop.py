@@ -242,7 +242,7 @@ def _quant(settings: TrainConfig) -> QuantConfig | None:
         JloraError: they are already, and the settings ask for something else.
     """
     asked = settings.quant != QuantConfig()
-    if not families.is_quantised(settings.model):
+    if not load.is_quantised(settings.model):
         if asked and settings.method != "qlora":
             raise JloraError("--quant is how --method qlora quantises; this is another method")
         return settings.quant if settings.method == "qlora" else None

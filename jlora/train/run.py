@@ -50,6 +50,9 @@ class Run:
             raise JloraError(f"--resume: {self.path} holds no run ({self.config_file} is absent)")
         first = paths.flatten(conversion.read_toml(self.config_file))
         now = paths.flatten(conversion.to_dict(wanted))
+        # Settings that are newer than the run had their default then.
+        least = TrainConfig(model=wanted.model, data=wanted.data, output=wanted.output)
+        first = paths.flatten(conversion.to_dict(least)) | first
         differing = [
             f"  {key.replace('/', '.')}: {first.get(key)!r} then, {now.get(key)!r} now"
             for key in sorted(first.keys() | now.keys())
