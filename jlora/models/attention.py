@@ -53,13 +53,16 @@ def causal_attention(q: Array, k: Array, v: Array, valid: Array, slots: Array) -
         q: (B, T, N, H).
         k: (B, S, K, H), N a multiple of K: each group of query heads shares a key and value head.
         v: (B, S, K, H).
-        valid: bool (B, S), False for keys that no query sees.
+        valid: bool (B, S), False for keys that no query sees; or (B, T, S), what each query sees,
+            whatever its slot.
         slots: int32 (T,), the last key that each query sees.
 
     Returns:
         (B, T, N, H) in q's dtype; the softmax is in float32. A query that sees nothing gets the
         mean of v.
     """
+    if valid.ndim == 3:
+        return attention(q, k, v, valid)
     return lax.platform_dependent(
         q, k, v, valid, slots, cpu=_whole_attention, default=blocked_attention
     )

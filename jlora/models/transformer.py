@@ -187,7 +187,10 @@ class Transformer(nnx.Module):
     def __call__(
         self, tokens: Array, positions: Array, valid: Array, cache: KVCache | None
     ) -> tuple[Array, KVCache | None]:
-        """int32 (B, T) tokens and positions, bool (B, S) valid -> (B, T, D), and the cache."""
+        """int32 (B, T) tokens and positions -> (B, T, D), and the cache.
+
+        `valid` is that of `causal_attention`: bool (B, S) or (B, T, S).
+        """
         x = self.embed_tokens(tokens)
         cos, sin = rotary_tables(positions, jnp.asarray(self.config.inv_freq, jnp.float32), x.dtype)
         slots = jnp.arange(tokens.shape[1], dtype=jnp.int32)
