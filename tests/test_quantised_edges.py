@@ -6,12 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax import nnx
+from flax.core import DenyList
 from transform_cases import quick  # noqa: F401
 
 import jlora
 from jlora.errors import JloraError
 from jlora.quant.array import QuantArray
+from jlora.quant.quantize import quantize
 
 pytestmark = pytest.mark.usefixtures("strict_promotion", "quick")
 
@@ -72,3 +75,119 @@ def test_every_layer_computes_after_an_error_within_quantisation(monkeypatch: An
     monkeypatch.undo()
     jlora.quantize(model, jlora.QuantConfig(exclude_modules=("a",)))
     assert isinstance(model.c.kernel.get_value(), QuantArray)
+
+
+# A Linen layer's own code.
+
+
+class Watched(nn.Module):
+    """A user's own type with statistics, a submodule that has some too, and a sown value."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        table = self.param("table", nn.initializers.lecun_normal(), (64, 64))
+        calls = self.variable("stats", "calls", lambda: jnp.zeros(()))
+        if self.is_mutable_collection("stats") and not self.is_initializing():
+            calls.value = calls.value + 1
+            Counter(name="counter")(x)
+        y = x @ table
+        self.sow("intermediates", "seen", y)
+        return y
+
+
+class Counter(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> None:
+        total = self.variable("stats", "total", lambda: jnp.zeros(()))
+        total.value = total.value + x.sum()
+
+
+class Around(nn.Module):
+    scanned: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if not self.scanned:
+            layer = Watched(name="own")
+            return layer(layer(x))  # what it sows is gathered
+        axes: Any = {"variable_axes": {"params": 0, "stats": 0, "intermediates": 0}}
+        layers: Any = nn.scan(
+            lambda layer, x, _: (layer(x), None), split_rngs={"params": True}, length=2, **axes
+        )
+        return layers(Watched(name="own"), x, None)[0]
+
+
+@pytest.fixture
+def watched() -> Any:
+    jlora.register(Watched, weight="table", equation="...i,io->...o")
+    yield
+    jlora.injection.linen_layer.REGISTRY.pop(Watched)
+
+
+@pytest.mark.usefixtures("watched")
+@pytest.mark.parametrize("scanned", [False, True])
+def test_side_effects_of_a_registered_layer(scanned: bool) -> None:
+    module = jlora.inject(Around(scanned), jlora.LoraConfig(r=2))
+    variables = module.init(jax.random.key(0), X)
+    tree, stats = variables["params"], variables["stats"]
+    quantised = jlora.quantize(module, params=tree)
+    plain = jax.tree.map(
+        lambda x: x.dequantize() if isinstance(x, QuantArray) else x,
+        quantised,
+        is_leaf=lambda x: isinstance(x, QuantArray),
+    )
+
+    def run(params: Any, mutable: Any) -> Any:
+        return module.apply({"params": params, "stats": stats}, X, mutable=mutable)
+
+    for mutable in (["stats"], ["stats", "intermediates"], DenyList("params"), "intermediates"):
+        (y, expected), (got, changed) = run(plain, mutable), jax.jit(run, static_argnums=1)(
+            quantised, mutable if isinstance(mutable, str | DenyList) else tuple(mutable)
+        )  # fmt: skip
+        np.testing.assert_allclose(got, y, rtol=1e-4, atol=1e-5)
+        assert jax.tree.structure(changed) == jax.tree.structure(expected)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), changed, expected)
+        assert jax.tree.leaves(changed)
+    got = run(quantised, False)
+    np.testing.assert_allclose(got, y, rtol=1e-4, atol=1e-5)
+
+
+def test_a_quantised_weight_from_elsewhere_meets_a_multiplication_of_the_layers_own() -> None:
+    class Odd(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            double = lambda *args, **kw: 2 * jax.lax.dot_general(*args, **kw)  # noqa: E731
+            return nn.Dense(64, name="dense", dot_general=double)(x)
+
+    module = jlora.inject(Odd(), jlora.LoraConfig(r=2))
+    tree = module.init(jax.random.key(0), X)["params"]
+    tree["dense"]["kernel"] = quantize(tree["dense"]["kernel"])
+    with pytest.raises(JloraError, match=r"^dense: dot_general of this Dense is one of its own"):
+        module.apply({"params": tree}, X)
+
+
+# What is refused.
+
+
+class Plain(nn.Module):
+    """Of weights in plain parameters alone."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x @ self.param("w", nn.initializers.lecun_normal(), (64, 64))
+
+
+class Held(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return Plain(name="plain")(x)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ("w",)])
+def test_weights_in_plain_parameters_are_named(targets: Any) -> None:
+    module = jlora.inject(Held(), jlora.LoraConfig(r=2))
+    tree = module.init(jax.random.key(0), X)["params"]
+    text = r"^QuantConfig: plain/w: weights in plain parameters cannot be quantised, only.*register"
+    with pytest.raises(JloraError, match=text) as caught:
+        jlora.quantize(module, jlora.QuantConfig(target_modules=targets), params=tree)
+    assert "excluded" not in str(caught.value)
