@@ -5,10 +5,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
 from flax.core import DenyList
+from flax.training.train_state import TrainState
 from transform_cases import quick  # noqa: F401
 
 import jlora
@@ -191,3 +193,52 @@ def test_weights_in_plain_parameters_are_named(targets: Any) -> None:
     with pytest.raises(JloraError, match=text) as caught:
         jlora.quantize(module, jlora.QuantConfig(target_modules=targets), params=tree)
     assert "excluded" not in str(caught.value)
+
+
+# Optimisers of whole trees.
+
+
+class Two(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nn.Dense(64, name="b")(jnp.tanh(nn.Dense(64, name="a")(x)))
+
+
+@pytest.mark.parametrize("quant", ["nf4", "double", "int8"])
+def test_a_train_state_of_a_whole_quantised_tree(quant: str) -> None:
+    options: Any = {"double": {"double_quant": True}, "int8": {"kind": "int8"}}.get(quant, {})
+    module = jlora.inject(Two(), jlora.LoraConfig(r=2))
+    tree = module.init(jax.random.key(0), X)["params"]
+    tree["a"]["bias"] = -jnp.zeros(64)
+    tree = jlora.quantize(module, jlora.QuantConfig(**options), params=tree)
+    tx = jlora.optimizer(optax.sgd(0.5, momentum=0.5))
+    state = TrainState.create(apply_fn=module.apply, params=tree, tx=tx)
+
+    def step(state: Any) -> Any:
+        def loss_of(tree: Any) -> jax.Array:
+            return ((state.apply_fn({"params": tree}, X) - 1) ** 2).mean()
+
+        loss, grads = jax.value_and_grad(loss_of, allow_int=True)(state.params)
+        return state.apply_gradients(grads=grads), loss
+
+    state, first = step(state)  # without jit too
+    for _ in range(8):
+        state, loss = jax.jit(step)(state)
+    assert loss < 0.9 * first
+    adapters, base = jlora.partition(state.params)
+    before, same = jlora.partition(tree)
+    assert jax.tree.structure(base) == jax.tree.structure(same)
+    for leaf, expected in zip(jax.tree.leaves(base), jax.tree.leaves(same), strict=True):
+        assert leaf.dtype == expected.dtype
+        assert np.asarray(leaf).tobytes() == np.asarray(expected).tobytes()  # -0 is no +0
+    assert not any(np.array_equal(adapters[path], before[path]) for path in before)
+
+
+def test_codes_need_the_parameters() -> None:
+    module = jlora.inject(Two(), jlora.LoraConfig(r=2))
+    tree = module.init(jax.random.key(0), X)["params"]
+    tree = jlora.quantize(module, params=tree)
+    tx = jlora.optimizer(optax.sgd(0.1))
+    grads = jax.grad(lambda p: module.apply({"params": p}, X).sum(), allow_int=True)(tree)
+    with pytest.raises(JloraError, match=r"holds integers.*update\(gradients, state, params\)"):
+        tx.update(grads, tx.init(tree))
