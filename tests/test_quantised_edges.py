@@ -211,7 +211,7 @@ def test_a_train_state_of_a_whole_quantised_tree(quant: str) -> None:
     tree = module.init(jax.random.key(0), X)["params"]
     tree["a"]["bias"] = -jnp.zeros(64)
     tree = jlora.quantize(module, jlora.QuantConfig(**options), params=tree)
-    tx = jlora.optimizer(optax.sgd(0.5, momentum=0.5))
+    tx = jlora.optimizer(optax.sgd(0.05, momentum=0.5))
     state = TrainState.create(apply_fn=module.apply, params=tree, tx=tx)
 
     def step(state: Any) -> Any:
@@ -227,6 +227,7 @@ def test_a_train_state_of_a_whole_quantised_tree(quant: str) -> None:
     assert loss < 0.9 * first
     adapters, base = jlora.partition(state.params)
     before, same = jlora.partition(tree)
+    base, same = base.rest, same.rest  # without the order of keys, which JAX sorts
     assert jax.tree.structure(base) == jax.tree.structure(same)
     for leaf, expected in zip(jax.tree.leaves(base), jax.tree.leaves(same), strict=True):
         assert leaf.dtype == expected.dtype

@@ -118,7 +118,8 @@ def _box(q: QuantArray) -> Any:
     box = q.codes
     if not hasattr(box, "names"):
         return box
-    *leading, ins, outs = (*box.names, *(None,) * (box.value.ndim - len(box.names)))
+    known = list(box.names) + [None] * (box.value.ndim - len(box.names))
+    *leading, ins, outs = known
     stacked = len(leading) - len(q.batch)
     own = dict(zip(q.batch, leading[stacked:], strict=True))
     own |= {q.contracting[0]: ins, q.output[0]: outs}
