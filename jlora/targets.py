@@ -170,17 +170,25 @@ def to_quantise(
     )
     choice = Choice(patterns, output_head, owner="QuantConfig")
     choice.check(sites)
-    chosen, problems = [], []
+    chosen, problems, plain = [], [], []
     for site in sites:
         taken = [choice.takes(site, name) for name in site.names]
-        if not any(taken) or (not site.weight and config.target_modules == ALL_LINEAR):
+        if not any(taken):
+            continue
+        if not site.weight:
+            plain.append(site.path)
             continue
         if not all(taken):
             problems.append(f"{site.path}: the layers of a stack are quantised all or none")
-        elif site.kind != "linear" or not site.weight:
+        elif site.kind != "linear":
             problems.append(f"{site.path} is no linear layer, and only these are quantised")
         chosen.append(site)
-    if not chosen:
+    if plain and (not chosen or config.target_modules != ALL_LINEAR):
+        problems.append(
+            f"{', '.join(plain[:5])}: weights in plain parameters cannot be quantised, only those "
+            "of layers; jlora.register says how a layer type of your own uses its weight"
+        )
+    elif not chosen:
         problems.append("every targeted layer is excluded again: nothing is left to quantise")
     if problems:
         raise JloraError("QuantConfig: " + "; ".join(problems))

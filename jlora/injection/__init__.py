@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as flax_linen
@@ -195,7 +194,8 @@ def optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     """`tx` for the adapters in a whole tree: the base gets no state, and updates of zero.
 
     For Linen's trees of parameters (nn.Partitioned or not) and NNX's states; where adapters alone
-    are differentiated, as `partition` gives them, `tx` itself is what is needed.
+    are differentiated, as `partition` gives them, `tx` itself is what is needed. Of trees with
+    quantised weights take the gradient with allow_int=True, and give `update` the parameters.
     """
 
     def labels(tree: Any) -> Any:
@@ -208,10 +208,7 @@ def optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
         is_variable = lambda leaf: isinstance(leaf, flax_nnx.Variable)  # noqa: E731
         return jax.tree_util.tree_map_with_path(label, tree, is_leaf=is_variable)
 
-    # Not +0: that would turn a weight of -0 into +0, and no bit of the base may change.
-    nothing = optax.stateless(
-        lambda updates, _: jax.tree.map(lambda x: -jnp.zeros_like(x), updates)
-    )
+    nothing = optax.stateless(params.no_updates)
     return optax.partition({"adapters": tx, "base": nothing}, labels)
 
 

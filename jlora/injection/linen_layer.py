@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import meta
+from flax.core.scope import subtract_filters
 from flax.errors import ScopeParamShapeError
 
 from jlora import adapter
@@ -73,7 +74,7 @@ class Injection:
     def note_options(self, layer: Any, path: str) -> None:
         """Note whether a layer of Flax's could compute with a quantised weight."""
         try:
-            registry.check_options(layer, path, {"promote_dtype": nn.dtypes.promote_dtype})
+            _check_options(layer, path)
         except JloraError as error:
             self.peculiar[path] = str(error)
 
@@ -83,6 +84,10 @@ class Injection:
     def target(self, site: Site) -> Target | None:
         """How the site is adapted, or None."""
         return self.choice.target(site)
+
+
+def _check_options(layer: Any, path: str) -> None:
+    registry.check_options(layer, path, {"promote_dtype": nn.dtypes.promote_dtype})
 
 
 # Calls of layers that have not returned.
@@ -176,6 +181,9 @@ def _quantised(
     """The layer's output if its weight is quantised and the call is its type's own.
 
     It is not that of a layer around another, or of a subclass, which will call its type's.
+
+    Raises:
+        JloraError: a layer of Flax's that multiplies in a way of its own.
     """
     q = layer.get_variable("params", layer_type.weight)
     known: Any = next(cls for cls in type(layer).__mro__ if REGISTRY.get(cls) is layer_type)
@@ -185,12 +193,18 @@ def _quantised(
     if isinstance(layer_type, Contraction) and layer_type.claimed:
         alone = layer.clone(parent=None, name=None)
         rngs = {name: layer.make_rng(name) for name in layer.scope.rngs}
+        mutable = subtract_filters(layer.scope.mutable, "params") or ()
 
         def run(weight: jax.Array) -> Any:
             given = _with(layer.variables, layer_type.weight, weight)
-            return alone.apply(given, *args, rngs=rngs, **kwargs)
+            return alone.apply(given, *args, rngs=rngs, mutable=mutable, **kwargs)
 
-        return registry.own_code(q, run)
+        y, changed = registry.own_code(q, run)
+        for collection, variables in changed.items():  # what it sows, its statistics...
+            for name, value in variables.items():
+                layer.scope.put_variable(collection, name, value)
+        return y
+    _check_options(layer, "/".join(layer.path))
     bound = inspect.signature(own).bind(*args, **kwargs)
     bias = layer.get_variable("params", layer_type.bias) if layer_type.bias else None
     return layer_type.quantised(layer, q, meta.unbox(bias), bound.args, bound.kwargs)

@@ -1,7 +1,6 @@
 """Trees of parameters of injected Linen modules: what is planned, added to whole leaves, merged."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -110,11 +109,23 @@ def _boxed(q: QuantArray, box: Any) -> QuantArray:
         return jax.tree.map(box.replace_boxed, q)
     specs = q.specs(box.names)
     return jax.tree.map(
-        lambda x, names: dataclasses.replace(box, value=x, names=names),
-        q,
-        specs,
-        is_leaf=lambda x: isinstance(x, tuple),
+        lambda x, names: dataclasses.replace(box, value=x, names=tuple(names)), q, specs
     )
+
+
+def _box(q: QuantArray) -> Any:
+    """The box that the weight was in, around its codes, or these alone: `_boxed` undone."""
+    box = q.codes
+    if not hasattr(box, "names"):
+        return box
+    known = list(box.names) + [None] * (box.value.ndim - len(box.names))
+    *leading, ins, outs = known
+    stacked = len(leading) - len(q.batch)
+    own = dict(zip(q.batch, leading[stacked:], strict=True))
+    own |= {q.contracting[0]: ins, q.output[0]: outs}
+    ndim = len(q.batch) + len(q.contracting) + len(q.output)
+    names = (*leading[:stacked], *(own.get(axis) for axis in range(-ndim, 0)))
+    return dataclasses.replace(box, names=names)
 
 
 def demand_traced(model: Any) -> None:
@@ -179,7 +190,10 @@ def _plus(weight: jax.Array, update: jax.Array) -> jax.Array:
 
 
 def merge(model: Any, params: Any) -> Any:
-    """The base's tree with W + scaling * A B in place of W; `params` stays as it is."""
+    """The base's tree with W + scaling * A B in place of W; `params` stays as it is.
+
+    Each weight is rounded once. Those that were quantised are in the boxes that they had.
+    """
     _demand_tree(params, "merge(module, ")
     demand_traced(model)
     flat = flatten(effective(params))
@@ -190,19 +204,27 @@ def merge(model: Any, params: Any) -> Any:
             f"the layers of {', '.join(unknown[:5])} have not been met in this process: trace all "
             "of the module, as jax.eval_shape(module.init, key, inputs) does"
         )
+    by_weight = {target.site.weight_path: target for target in targets}
+    modules = (p.rpartition("/")[0] for p in flat if p.rpartition("/")[2] == LORA_TOKENS)
+    embeddings = {f"{parent}/{model.lora.sites[parent].weight}": parent for parent in modules}
+    merged = {}
     for path, leaf in flat.items():
-        if isinstance(leaf, QuantArray):
-            flat[path] = meta.unbox(leaf).dequantize()
-    for target in targets:
-        site, box = target.site, flat[target.site.weight_path]
-        a, b = (meta.unbox(flat[site.leaf(name)]) for name in (LORA_A, LORA_B))
-        update = adapter.delta_weight(site, a, b, target.scaling)
-        flat[site.weight_path] = jax.tree.map(functools.partial(_plus, update=update), box)
-    for path in [p for p in flat if p.rpartition("/")[2] == LORA_TOKENS]:
-        parent = path.rpartition("/")[0]
-        indices = jnp.asarray(rows_of(model.lora.config.trainable_token_indices, parent))
-        where, rows = f"{parent}/{model.lora.sites[parent].weight}", meta.unbox(flat[path])
-        change = jnp.zeros(meta.unbox(flat[where]).shape, jnp.float32).at[..., indices, :].add(rows)
-        flat[where] = jax.tree.map(functools.partial(_plus, update=change), flat[where])
-    tree = unflatten({path: leaf for path, leaf in flat.items() if not is_trained(path)})
+        if is_trained(path):
+            continue
+        merged[path] = leaf
+        quantised = isinstance(leaf, QuantArray)
+        if not (quantised or path in by_weight or path in embeddings):
+            continue
+        weight = meta.unbox(leaf)
+        value = registry.float32(weight)
+        if target := by_weight.get(path):
+            a, b = (meta.unbox(flat[target.site.leaf(name)]) for name in (LORA_A, LORA_B))
+            value = value + adapter.delta_weight(target.site, a, b, target.scaling)
+        if path in embeddings:
+            parent = embeddings[path]
+            indices = jnp.asarray(rows_of(model.lora.config.trainable_token_indices, parent))
+            value = value.at[..., indices, :].add(meta.unbox(flat[f"{parent}/{LORA_TOKENS}"]))
+        box = _box(leaf) if quantised else leaf
+        merged[path] = meta.replace_boxed(box, value.astype(weight.dtype))
+    tree = unflatten(merged)
     return FrozenDict(tree) if isinstance(params, FrozenDict) else tree

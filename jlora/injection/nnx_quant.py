@@ -29,9 +29,8 @@ def quantize(model: nnx.Module, sites: Sequence[Site], config: QuantConfig) -> N
     """Quantise the weights of some of a model's layers, one after the other, in place.
 
     Raises:
-        JloraError: a weight that is quantised already, or is used elsewhere too, or whose layer
-            computes in a way of its own: nothing is quantised then. Weights that are not finite:
-            those before are quantised.
+        JloraError: a weight that is quantised already, or is used elsewhere too, or is not finite,
+            or whose layer computes in a way of its own: nothing is quantised then.
     """
     by_path = modules(model)
     shared = shared_weights(model)
@@ -46,9 +45,12 @@ def quantize(model: nnx.Module, sites: Sequence[Site], config: QuantConfig) -> N
             )
         _check(layer, site.path)
     for site in sites:
-        mark(by_path[site.path], site.path)
+        registry.check_weight(site, getattr(by_path[site.path], site.weight).get_value(), config)
+    for site in sites:
         weight = getattr(by_path[site.path], site.weight)
-        weight.set_value(registry.quantize(site, weight.get_value(), config))
+        q = registry.quantize(site, weight.get_value(), config)  # if it fails, all layers work on
+        mark(by_path[site.path], site.path)
+        weight.set_value(q)
 
 
 def mark(layer: Any, path: str) -> None:

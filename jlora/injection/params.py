@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import traverse_util
 from flax.core import FrozenDict, meta
 
@@ -67,6 +68,26 @@ def count(params: Any) -> tuple[int, int]:
     trained = {path: size for path, size in sizes.items() if is_trained(path)}
     biases = sum(size for path, size in trained.items() if path.endswith("/lora_added_bias"))
     return sum(trained.values()), sum(sizes.values()) - biases
+
+
+def no_updates(gradients: Any, params: Any) -> Any:
+    """For each gradient, what optax.apply_updates adds to its parameter without changing a bit.
+
+    Raises:
+        JloraError: a gradient of integers (float0), which don't say what these are, and no params.
+    """
+    integers = any(x.dtype == jax.dtypes.float0 for x in jax.tree.leaves(gradients))
+    if integers and params is None:
+        raise JloraError(
+            "the tree holds integers, such as the codes of quantised weights: give the optimiser's "
+            "update the parameters too, update(gradients, state, params)"
+        )
+
+    def zero(gradient: Any, like: Any) -> jax.Array:
+        # Not +0: that would turn a weight of -0 into +0.
+        return -jnp.zeros_like(like if gradient.dtype == jax.dtypes.float0 else gradient)
+
+    return jax.tree.map(zero, gradients, params if integers else gradients)
 
 
 def _demand_params(tree: Any) -> None:

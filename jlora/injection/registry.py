@@ -12,7 +12,7 @@ from jlora import adapter
 from jlora.adapter import Site, split_equation
 from jlora.config import QuantConfig
 from jlora.errors import JloraError
-from jlora.quant import matmul
+from jlora.quant import checks, matmul
 from jlora.quant import quantize as quantise
 from jlora.quant.array import QuantArray
 
@@ -211,6 +211,23 @@ def quantize(site: Site, weight: Any, config: QuantConfig) -> QuantArray:
         batch=batch,
         path=site.path,
     )
+
+
+def check_weight(site: Site, weight: Any, config: QuantConfig) -> None:
+    """Demand that `quantize` can be given a site's weight, which it doesn't change.
+
+    Raises:
+        JloraError: it is of no float dtype, is empty, or is not finite.
+    """
+    checks.options(weight, config.kind, config.block_size, config.double_quant, site.path)
+    checks.finite(_largest(weight), weight, site.path)
+
+
+@jax.jit
+def _largest(weight: jax.Array) -> jax.Array:
+    """Infinite where a value is not a number, which XLA:CPU's maximum passes over."""
+    weight = weight.astype(jnp.float32)
+    return jnp.where(jnp.isnan(weight), jnp.inf, jnp.abs(weight)).max()
 
 
 def own_code(q: QuantArray, run: Callable[[jax.Array], Any]) -> Any:
