@@ -16,6 +16,7 @@ import jlora
 from jlora import cli, injection
 from jlora.errors import JloraError
 from jlora.models import load
+from jlora.quant import checks
 from jlora.quant.array import QuantArray
 from jlora.quant.quantize import unstack
 
@@ -209,6 +210,7 @@ def test_weights_that_are_not_finite(source: Path, tmp_path: Path) -> None:
 
 
 def test_a_block_that_is_not_full(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    checks._told().clear()  # it is said once
     sizes = SIZES | {"hidden_size": 96, "num_attention_heads": 4, "num_key_value_heads": 4}
     source = write_model(tmp_path / "model", **sizes)
     model = jlora.load(source, quant=jlora.QuantConfig())
