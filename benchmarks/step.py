@@ -3,6 +3,7 @@ r"""Time one LoRA or QLoRA training step on random weights: by default SmolLM2-1
     python benchmarks/step.py --batch 4 --length 256 --rank 16
     python benchmarks/step.py --shape llama2-7b --method qlora --double-quant --dtype bfloat16 \
         --scan-layers --remat --batch 8 --length 1024
+    XLA_PYTHON_CLIENT_MEM_FRACTION=0.32 python benchmarks/step.py --shape llama2-70b ...  # of a GPU
 
 Prints JSON: seconds of each step after the first, when the first was done, FLOPs of the compiled
 step, and peak memory, of the device too where it tells. Other work on the machine can double such
