@@ -288,3 +288,24 @@ def test_padding_is_told_once(function, caplog) -> None:
     assert "bitsandbytes" in message
     assert (q.shape, q.codes.shape) == ((96, 96), (64, 96))
     assert close(q, w if function is quantize else w.T)
+
+
+def test_the_path_is_for_messages_alone() -> None:
+    traced = []
+
+    @jax.jit
+    def twice(q: QuantArray) -> jax.Array:
+        traced.append(q)
+        return 2 * q.dequantize()
+
+    first, second = (quantize(jnp.ones((64, 8)), path=f"layers/{i}/up/kernel") for i in range(2))
+    assert "layers/1/up/kernel" in repr(second)
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    twice(first), twice(second)
+    assert len(traced) == 1  # one program for layers that are alike
+    assert "layers/0" in repr(stack([first, second]))
+    with pytest.raises(JloraError, match=r"layers/1/up/kernel\) was used as an array"):
+        jnp.asarray(second)
+    with pytest.raises(JloraError, match=r"layers/1/up/kernel\) was used as an array"):
+        second @ jnp.ones(8)
+    assert pickle.loads(pickle.dumps(second)).path == second.path

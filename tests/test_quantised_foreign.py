@@ -133,7 +133,7 @@ def test_a_module_that_is_not_injected_computes_nothing(kind: Any, jit: bool) ->
         with pytest.raises((JloraError, ScopeParamShapeError)) as error:
             apply({"params": tree}, X)
         if kind == "int8":
-            text = "QuantArray(int8, shape=(64, 64), dtype=float32, block_size=64) was used as an"
+            text = "block_size=64, dense/kernel) was used as an array"
             assert text in str(error.value)
         else:
             assert 'For parameter "kernel" in "/dense"' in str(error.value)

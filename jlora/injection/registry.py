@@ -209,7 +209,7 @@ def quantize(site: Site, weight: Any, config: QuantConfig) -> QuantArray:
         contracting=contracting,
         output=output,
         batch=batch,
-        path=site.path,
+        path=site.weight_path,
     )
 
 

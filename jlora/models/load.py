@@ -22,7 +22,7 @@ from jlora.models import families
 from jlora.models.tensors import Tensors
 from jlora.models.transformer import CausalLM
 from jlora.quant import bitsandbytes
-from jlora.quant.array import QuantArray
+from jlora.quant.array import QuantArray, WeightPath
 from jlora.quant.quantize import empty, quantize_rows, stack, transpose_into
 
 # What belongs to a model beside its weights: configurations, tokenizer, chat template.
@@ -267,4 +267,4 @@ def _read_packed(
     layers = canonical.layer_paths(path, stacks)
     each = map(one, layers)
     q = next(each) if layers == [path] else stack(each, len(layers))
-    return jax.device_put(q)
+    return jax.device_put(dataclasses.replace(q, path=WeightPath(path)))

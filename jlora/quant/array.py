@@ -50,6 +50,22 @@ for _name in _REFUSED:
     setattr(_NotAnArray, f"__{_name}__", _refusal(f"__{_name}__"))
 
 
+class WeightPath(str):
+    """Where a weight is, for messages; all are equal, so that like layers share one program."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, WeightPath)
+
+    def __ne__(self, other: object) -> bool:
+        return not isinstance(other, WeightPath)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+_NOWHERE = WeightPath()
 PLACES = ("contracting", "output", "batch", "in_shape", "out_shape", "dtype")
 """Where a weight's axes are, and what it is."""
 
@@ -57,7 +73,7 @@ PLACES = ("contracting", "output", "batch", "in_shape", "out_shape", "dtype")
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["codes", "absmax", "nested_codes", "nested_absmax", "offset"],
-    meta_fields=["kind", "block_size", *PLACES],
+    meta_fields=["kind", "block_size", *PLACES, "path"],
 )
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class QuantArray(_NotAnArray):
@@ -94,6 +110,8 @@ class QuantArray(_NotAnArray):
     """Sizes of the output axes."""
     dtype: Any
     """That of the weight that was quantised, and of `dequantize()`."""
+    path: WeightPath = _NOWHERE
+    """Of the weight in its model, where known; it makes no difference but to messages."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -191,9 +209,10 @@ class QuantArray(_NotAnArray):
         except Exception:  # within transformations of trees, leaves can be anything
             shape = "unknown"
         scales = ", double_quant" if self.nested_codes is not None else ""
+        where = f", {self.path!s}" if len(self.path) else ""
         return (
             f"QuantArray({self.kind}, shape={shape}, dtype={self.dtype}, "
-            f"block_size={self.block_size}{scales})"
+            f"block_size={self.block_size}{scales}{where})"
         )
 
 

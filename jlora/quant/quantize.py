@@ -11,7 +11,7 @@ import numpy as np
 
 from jlora.errors import JloraError
 from jlora.quant import blockwise, checks
-from jlora.quant.array import QuantArray
+from jlora.quant.array import QuantArray, WeightPath
 
 _CHUNK = 1 << 20  # weights that `quantize_rows` works on at a time
 
@@ -62,7 +62,7 @@ def quantize(
     children, absmax = _quantize(weight, *options)
     checks.finite(absmax, weight, path)
     places = contracting, output, batch, in_shape, out_shape, weight.dtype
-    fields: tuple[Any, ...] = (*children, kind, block_size, *places)
+    fields: tuple[Any, ...] = (*children, kind, block_size, *places, WeightPath(path))
     return QuantArray(*fields)
 
 
