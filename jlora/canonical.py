@@ -8,6 +8,7 @@ holds at "layers/up/kernel" what the unrolled model has at "layers/0/up/kernel" 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jlora.errors import JloraError
@@ -51,7 +52,9 @@ def unstack(
             own = zip(layers, leaf, ranks[path], strict=True)
             result |= {layer: part[:r] for layer, part, r in own if r}
         else:
-            result |= dict(zip(layers, leaf, strict=True))
+            # A quantised weight is a tree of its own, each of whose arrays is stacked.
+            each = (jax.tree.map(lambda x, i=i: x[i], leaf) for i in range(leaf.shape[0]))
+            result |= dict(zip(layers, each, strict=True))
     return result
 
 

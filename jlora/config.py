@@ -12,6 +12,8 @@ import pydantic
 from jlora.errors import JloraError, nearest
 
 ALL_LINEAR = "all-linear"
+QUANT_KINDS = ("nf4", "fp4", "int8")
+BLOCK_SIZES = tuple(2**i for i in range(5, 13))  # bitsandbytes'
 
 C = TypeVar("C")
 
@@ -192,11 +194,12 @@ class QuantConfig(Strict):
             if isinstance(value, list | set):
                 object.__setattr__(self, name, tuple(value))
         problems = []
-        if self.kind not in ("nf4", "fp4", "int8"):
-            problems.append(f"kind must be 'nf4', 'fp4' or 'int8', got {self.kind!r}")
-        if self.block_size not in (sizes := tuple(2**i for i in range(5, 13))):
-            problems.append(f"block_size must be one of {sizes}, got {self.block_size!r}")
-        if self.kind == "int8" and (self.double_quant or self.block_size != 64):
+        if self.kind not in QUANT_KINDS:
+            problems.append(f"kind must be one of {QUANT_KINDS}, got {self.kind!r}")
+        if self.block_size not in BLOCK_SIZES:
+            problems.append(f"block_size must be one of {BLOCK_SIZES}, got {self.block_size!r}")
+        usual = self.block_size == QuantConfig.block_size
+        if self.kind == "int8" and (self.double_quant or not usual):
             problems.append("int8 has one scale an output: no block_size and no double_quant")
         if not self.target_modules:
             problems.append(f"target_modules is empty; name layers or say {ALL_LINEAR!r}")

@@ -99,6 +99,17 @@ def write_chats(
     return to
 
 
+def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
+    """Trees by path whose leaves are the same bits; a leaf may be a quantised weight."""
+    assert a.keys() == b.keys()
+    for path in a:
+        leaves, others = jax.tree.flatten(a[path]), jax.tree.flatten(b[path])
+        assert leaves[1] == others[1], path
+        for x, y in zip(leaves[0], others[0], strict=True):
+            assert x.dtype == y.dtype
+            np.testing.assert_array_equal(x, y)
+
+
 class Mlp(nnx.Module):
     """A user's own NNX model: a stack of layers, unrolled or stacked, and a head."""
 

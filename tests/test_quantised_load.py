@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import compilation_cache, write_model
+from helpers import assert_same, compilation_cache, write_model
 from safetensors.numpy import load_file, save_file
 
 import jlora
@@ -50,16 +50,6 @@ def config(request: pytest.FixtureRequest) -> jlora.QuantConfig:
 
 def weights(model: Any) -> dict[str, Any]:
     return injection.partition(model, everything=True)[0]
-
-
-def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
-    assert a.keys() == b.keys()
-    for path in a:
-        leaves, others = jax.tree.flatten(a[path]), jax.tree.flatten(b[path])
-        assert leaves[1] == others[1], path
-        for x, y in zip(leaves[0], others[0], strict=True):
-            assert x.dtype == y.dtype
-            np.testing.assert_array_equal(x, y)
 
 
 def test_quantised_as_it_is_read_or_afterwards(source: Path, config: jlora.QuantConfig) -> None:
@@ -125,10 +115,14 @@ def test_a_quantised_directory_loads_to_the_same_bits(
     assert settings["llm_int8_skip_modules"] == ["lm_head"] + (
         skipped if config.exclude_modules else []
     )
-    # And once more: what was read is written to the same bits.
-    load.save(jlora.load(tmp_path / "small"), tmp_path / "again", source=tmp_path / "small")
-    first, second = (load_file(tmp_path / d / "model.safetensors") for d in ("small", "again"))
-    assert_same(first, second)
+    # And once more: what was read is written to the same bits, stacked or not.
+    for scan_layers in (False, True):
+        model = jlora.load(tmp_path / "small", scan_layers=scan_layers)
+        to = tmp_path / f"again-{scan_layers}"
+        load.save(model, to, source=tmp_path / "small")
+        assert_same(
+            load_file(tmp_path / "small" / "model.safetensors"), load_file(to / "model.safetensors")
+        )
 
 
 def test_the_command(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -6,11 +6,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import compilation_cache, write_chats, write_model
+from helpers import assert_same, compilation_cache, write_chats, write_model
 from safetensors.numpy import load_file
 
 import jlora
@@ -33,16 +32,6 @@ def _compile_once(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("quantised") / "model", **SIZES)
-
-
-def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
-    assert a.keys() == b.keys()
-    for path in a:
-        leaves, others = jax.tree.flatten(a[path]), jax.tree.flatten(b[path])
-        assert leaves[1] == others[1], path
-        for x, y in zip(leaves[0], others[0], strict=True):
-            assert x.dtype == y.dtype
-            np.testing.assert_array_equal(x, y)
 
 
 @pytest.fixture(scope="module")

@@ -167,14 +167,14 @@ def save(model: CausalLM, to: Path, *, source: Path) -> None:
             if file.is_file() and file.suffix in _COPIED and not other:
                 shutil.copy(file, scratch)
         config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-        if config.pop("quantization_config", None) and not packed:  # it is merged by now
-            write_text(scratch / "config.json", json.dumps(config, indent=2) + "\n")
+        before = config.pop("quantization_config", None)  # the model may be merged by now
         if packed:
             sites = [site for site in injection.sites(model) if site.kind == "linear"]
             linear = {f"{dotted(name)}.weight" for site in sites for name in site.names}
             config["quantization_config"] = families.quantization_config(
                 packed, skipped=linear, dtype=jnp.dtype(model.dtype).name
             )
+        if packed or before:
             write_text(scratch / "config.json", json.dumps(config, indent=2) + "\n")
         save_tensors(tensors, scratch / "model.safetensors")
 

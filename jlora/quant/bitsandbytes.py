@@ -16,10 +16,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jlora.config import BLOCK_SIZES
 from jlora.errors import JloraError
 from jlora.quant.array import QuantArray
 from jlora.quant.blockwise import NESTED_BLOCK, NESTED_ZERO
-from jlora.quant.checks import BLOCK_SIZES, at
+from jlora.quant.checks import at
 from jlora.quant.codebooks import CODEBOOKS, dynamic_map
 from jlora.quant.quantize import empty, kernel
 

@@ -9,12 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlora.config import BLOCK_SIZES, QUANT_KINDS
 from jlora.errors import JloraError
 from jlora.quant.blockwise import LARGEST
-
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-"""Of 4-bit codes: those of bitsandbytes."""
-KINDS = ("nf4", "fp4", "int8")
 
 _log = logging.getLogger("jlora")
 
@@ -22,8 +19,8 @@ _log = logging.getLogger("jlora")
 def options(weight: Any, kind: str, block_size: int, double_quant: bool, path: str) -> None:
     """Raise a JloraError that names all that is wrong with `quantize`'s arguments."""
     wrong = []
-    if kind not in KINDS:
-        wrong.append(f"kind {kind!r} is none of {', '.join(KINDS)}")
+    if kind not in QUANT_KINDS:
+        wrong.append(f"kind {kind!r} is none of {', '.join(QUANT_KINDS)}")
     elif kind == "int8" and double_quant:
         wrong.append("double_quant is for nf4 and fp4: int8 has one scale for each output")
     elif kind != "int8" and block_size not in BLOCK_SIZES:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlora.config import QuantConfig
 from jlora.errors import JloraError
 from jlora.quant import blockwise, checks
 from jlora.quant.array import QuantArray, WeightPath
@@ -19,9 +20,9 @@ _CHUNK = 1 << 20  # weights that `quantize_rows` works on at a time
 def quantize(
     weight: Any,
     *,
-    kind: str = "nf4",
-    block_size: int = 64,
-    double_quant: bool = False,
+    kind: str = QuantConfig.kind,
+    block_size: int = QuantConfig.block_size,
+    double_quant: bool = QuantConfig.double_quant,
     contracting: tuple[int, ...] = (-2,),
     output: tuple[int, ...] = (-1,),
     batch: tuple[int, ...] = (),
@@ -94,9 +95,9 @@ def _quantize(
 def quantize_rows(
     weight: Any,
     *,
-    kind: str = "nf4",
-    block_size: int = 64,
-    double_quant: bool = False,
+    kind: str = QuantConfig.kind,
+    block_size: int = QuantConfig.block_size,
+    double_quant: bool = QuantConfig.double_quant,
     path: str = "",
 ) -> QuantArray:
     """Quantise a checkpoint's weight (out, in) to that of a kernel (in, out).
