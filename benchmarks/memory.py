@@ -1,9 +1,9 @@
 """Memory of one training step on a chip that need not be there: compiled for it, never run.
 
     python benchmarks/memory.py --case all                                # the table below
-    python benchmarks/memory.py --model 7b --method qlora --target v5e    # any other
+    python benchmarks/memory.py --model llama2-7b --method qlora --target v5e    # any other
 
-Needs the compilers of the extra "aot". Llama-2's shapes, bfloat16, AdamW with float32 adapters,
+Needs the compilers of the extra "aot". Shapes of SHAPES, bfloat16, AdamW with float32 adapters,
 layers scanned and recomputed. The figure is what the chip holds at once, in decimal GB: arguments
 + temporary + output - aliased. Each case is compiled in a process of its own, and the exit status
 says whether all that have a limit kept it. Writes benchmarks/results/memory.json.
@@ -20,15 +20,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from record import versions, write
+from shapes import SHAPES, abstract_model
 from topologies import CHIPS, GB, compile_for
 
 import jlora
 from jlora import optim
 from jlora.config import OptimConfig
 from jlora.data.batching import Batch
-from jlora.models.transformer import CausalLM, ModelConfig
 from jlora.train.step import init_state, make_train_step
 
 
@@ -51,49 +50,38 @@ class Case:
 
 
 CASES = {
-    "7b-bf16-qv-v5e": Case(model="7b", target="v5e", method="lora", adapted="q+v", limit=14.5),
-    "7b-nf4-qv-v5e": Case(model="7b", target="v5e", adapted="q+v", limit=5.6),
-    "7b-nf4-2048-v5e": Case(model="7b", target="v5e", double_quant=True, length=2048, limit=5.9),
-    "7b-nf4-2048-h100": Case(model="7b", target="h100", double_quant=True, length=2048, limit=6.5),
-    "70b-nf4-v5p": Case(model="70b", target="v5p"),
-    "70b-nf4-double-v5p": Case(model="70b", target="v5p", double_quant=True, limit=45),
-    "70b-nf4-h100": Case(model="70b", target="h100", limit=48),
-    "70b-nf4-double-h100": Case(model="70b", target="h100", double_quant=True, limit=48),
+    "7b-bf16-qv-v5e": Case(
+        model="llama2-7b", target="v5e", method="lora", adapted="q+v", limit=14.5
+    ),
+    "7b-nf4-qv-v5e": Case(model="llama2-7b", target="v5e", adapted="q+v", limit=5.6),
+    "7b-nf4-2048-v5e": Case(
+        model="llama2-7b", target="v5e", double_quant=True, length=2048, limit=5.9
+    ),
+    "7b-nf4-2048-h100": Case(
+        model="llama2-7b", target="h100", double_quant=True, length=2048, limit=6.5
+    ),
+    "70b-nf4-v5p": Case(model="llama2-70b", target="v5p"),
+    "70b-nf4-double-v5p": Case(model="llama2-70b", target="v5p", double_quant=True, limit=45),
+    "70b-nf4-h100": Case(model="llama2-70b", target="h100", limit=48),
+    "70b-nf4-double-h100": Case(model="llama2-70b", target="h100", double_quant=True, limit=48),
 }
 
-LLAMA_2 = {
-    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
-    | {"num_attention_heads": 32, "num_key_value_heads": 32},
-    "70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
-    | {"num_attention_heads": 64, "num_key_value_heads": 8},
-}
 ADAPTED: dict[str, Any] = {"all-linear": "all-linear", "q+v": ("q_proj", "v_proj")}
 
 
 def arguments(case: Case) -> tuple[Any, ...]:
     """A training step's function and the shapes of its arguments; allocates nothing."""
-    shape: dict[str, Any] = dict(LLAMA_2[case.model])
+    config = SHAPES[case.model]
     if case.layers is not None:
-        shape["num_hidden_layers"] = case.layers
-    config = ModelConfig(
-        **shape,
-        vocab_size=32000,
-        head_dim=128,
-        rms_norm_eps=1e-5,
-        inv_freq=tuple(1e4 ** (-i / 64) for i in range(64)),
-        tie_word_embeddings=False,
+        config = dataclasses.replace(config, num_hidden_layers=case.layers)
+    quant = jlora.QuantConfig(double_quant=case.double_quant) if case.method == "qlora" else None
+    lora = jlora.LoraConfig(
+        r=case.rank, lora_alpha=2 * case.rank, target_modules=ADAPTED[case.adapted]
     )
-
-    def make() -> Any:
-        model = CausalLM(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, scan_layers=True, remat=True)
-        if case.method == "qlora":
-            jlora.quantize(model, jlora.QuantConfig(double_quant=case.double_quant))
-        adapters = jlora.LoraConfig(
-            r=case.rank, lora_alpha=2 * case.rank, target_modules=ADAPTED[case.adapted]
-        )
-        return jlora.inject(model, adapters, rngs=nnx.Rngs(1))
-
-    trained, base = jlora.partition(nnx.eval_shape(make))
+    model = abstract_model(
+        config, lora, quant=quant, dtype=jnp.bfloat16, scan_layers=True, remat=True
+    )
+    trained, base = jlora.partition(model)
     tx = optim.adamw(OptimConfig(lr=1e-4, warmup_steps=0), steps=1000)
     key = jax.eval_shape(lambda: jax.random.key(0))
     state = jax.eval_shape(lambda trained, key: init_state(trained, tx, key), trained, key)
@@ -124,7 +112,7 @@ def main() -> int:
     """Parse flags, compile each case in a process of its own, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", choices=[*CASES, "all"], help="of the table")
-    parser.add_argument("--model", choices=LLAMA_2)
+    parser.add_argument("--model", choices=SHAPES)
     parser.add_argument("--target", choices=CHIPS)
     parser.add_argument("--method", choices=["qlora", "lora"], default="qlora")
     parser.add_argument("--adapted", choices=ADAPTED, default="all-linear")
