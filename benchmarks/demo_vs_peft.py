@@ -1,14 +1,16 @@
 """A finished run of `jlora train` against PEFT on the same rows, order, steps and learning rate.
 
-    make bench-demo
+    make bench-demo                 # or: make bench-demo METHOD=qlora
 
-PEFT draws its own initial factors. Both adapters are then judged alike, by transformers: its greedy
-answers on the test rows, and its loss on the valid rows.
+A run of --method qlora is compared with PEFT on a base that bitsandbytes quantises. PEFT draws its
+own initial factors. Both adapters are then judged alike, by transformers: its greedy answers on the
+test rows, and its loss on the valid rows.
 """
 
 import argparse
+import dataclasses
 import json
-import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,14 @@ import transformers
 from tqdm import tqdm
 
 from jlora import conversion, optim
-from jlora.config import TrainConfig
+from jlora.config import QuantConfig, TrainConfig
 from jlora.data import chat, source
 from jlora.data.batching import Batch, Batches
 from jlora.generation import stop_ids
 from jlora.train.measure import evaluation_batches
+
+OURS = ("jax", "flax", "optax")
+THEIRS = ("torch", "peft", "transformers", "bitsandbytes")
 
 
 def main() -> None:
@@ -35,8 +40,11 @@ def main() -> None:
     args = parser.parse_args()
     file = args.run / "config.toml"
     settings = conversion.from_dict(TrainConfig, conversion.read_toml(file), where=str(file))
-    if settings.method != "lora" or settings.lora.init_lora_weights is not True:
-        raise SystemExit(f"{file}: only LoRA with the usual initial factors is compared")
+    if settings.method == "full" or settings.lora.init_lora_weights is not True:
+        raise SystemExit(f"{file}: only (Q)LoRA with the usual initial factors is compared")
+    plain = dataclasses.replace(settings.quant, double_quant=False)
+    if settings.method == "qlora" and plain not in (QuantConfig(), QuantConfig(kind="fp4")):
+        raise SystemExit(f"{file}: of QLoRA, NF4 and FP4 of all linear layers are compared")
     report = json.loads((args.run / "report.json").read_text(encoding="utf-8"))
 
     theirs = train(settings, report["steps"], args.seed)
@@ -50,20 +58,31 @@ def main() -> None:
         "peft": judge(theirs, settings),
         "peft_trainable_params": theirs.get_nb_trainable_parameters()[0],
         "peft_seed": args.seed,
-        "versions": record.versions(["jax", "flax", "optax", "torch", "peft", "transformers"]),
+        "versions": record.versions([*OURS, *THEIRS]),
     }  # fmt: skip
     points = 100 * (result["jlora"]["exact_match"] - result["peft"]["exact_match"])
     result["exact_match_points_above_peft"] = points
     result["eval_loss_ratio"] = result["jlora"]["eval_loss"] / result["peft"]["eval_loss"]
     command = f"python benchmarks/demo_vs_peft.py --run {args.run} --seed {args.seed}"
-    written = record.write("demo_vs_peft", command, result)
+    name = "demo_vs_peft" if settings.method == "lora" else "demo_vs_peft_qlora"
+    written = record.write(name, command, result)
     print(json.dumps(result, indent=2))
     print(f"written to {written}")
 
 
 def base_model(settings: TrainConfig) -> Any:
-    """The run's base model, float32."""
-    return transformers.AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
+    """The run's base model, float32 or of 4 bits that are dequantised to that."""
+    quant = None
+    if settings.method == "qlora":
+        quant = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=settings.quant.kind,
+            bnb_4bit_use_double_quant=settings.quant.double_quant,
+            bnb_4bit_compute_dtype=torch.float32,
+        )
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        settings.model, dtype=torch.float32, quantization_config=quant
+    )
 
 
 def train(settings: TrainConfig, steps: int, seed: int) -> Any:
@@ -128,27 +147,39 @@ def judge(model: Any, settings: TrainConfig) -> dict[str, float]:
     references = [chat.answer_text(row).strip() for row in test]
     longest = max(len(tokenizer(text)["input_ids"]) for text in references)
     stops = list(stop_ids(settings.model, tokenizer))
+    prompts = [chat.prompt_tokens(row, tokenizer) for row in test]
     right = 0
-    for start in range(0, len(test), 25):
-        rows = test[start : start + 25]
-        prompts = [chat.prompt_tokens(row, tokenizer) for row in rows]
-        width = max(map(len, prompts))
+    for line, reference in zip(greedy(model, prompts, stops, longest + 1), references, strict=True):
+        ended = line[-1] in stops
+        answer = tokenizer.decode(line[:-1], skip_special_tokens=True)
+        right += ended and answer.strip() == reference
+    return {"exact_match": right / len(test), "eval_loss": total / count}
+
+
+@torch.no_grad()
+def greedy(
+    model: Any, prompts: Sequence[Sequence[int]], stops: Sequence[int], most: int
+) -> list[list[int]]:
+    """The likeliest tokens after each prompt, up to `most`; the last is a stop token, if any."""
+    answers = []
+    for start in range(0, len(prompts), 25):
+        rows = prompts[start : start + 25]
+        width = max(map(len, rows))
         tokens, mask = np.zeros((2, len(rows), width), np.int64)
-        for row, prompt in enumerate(prompts):
+        for row, prompt in enumerate(rows):
             tokens[row, width - len(prompt) :], mask[row, width - len(prompt) :] = prompt, 1
         new = model.generate(
             input_ids=torch.tensor(tokens),
             attention_mask=torch.tensor(mask),
-            max_new_tokens=longest + 1,
+            max_new_tokens=most,
             do_sample=False,
-            eos_token_id=stops,
+            eos_token_id=list(stops),
             pad_token_id=stops[0],
         )[:, width:]
-        for line, reference in zip(new.tolist(), references[start:], strict=False):
-            end = next((at for at, token in enumerate(line) if token in stops), math.inf)
-            answer = tokenizer.decode(line[: min(end, len(line))], skip_special_tokens=True)
-            right += end < math.inf and answer.strip() == reference
-    return {"exact_match": right / len(test), "eval_loss": total / count}
+        for line in new.tolist():
+            end = next((at for at, token in enumerate(line) if token in stops), len(line) - 1)
+            answers.append(line[: end + 1])
+    return answers
 
 
 if __name__ == "__main__":
