@@ -58,12 +58,16 @@ def ours(stored: Any) -> dict[str, np.ndarray]:
     return result
 
 
-def assert_near(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+def assert_near(
+    found: dict[str, np.ndarray], expected: dict[str, np.ndarray], *, cut: bool = True
+) -> None:
+    """`cut`: the rest of a decomposition was left out, which multiplies what rounding there was."""
+    near = 1e-4 if cut else 1e-6
     assert found.keys() == expected.keys()
     for name, delta in expected.items():
         assert np.abs(delta).max() > 1e-3, name
         np.testing.assert_allclose(
-            found[name], delta, atol=1e-4 * np.abs(delta).max(), rtol=0, err_msg=name
+            found[name], delta, atol=near * np.abs(delta).max(), rtol=0, err_msg=name
         )
 
 
@@ -134,7 +138,7 @@ def test_like_peft(tiny, tmp_path, drawn, monkeypatch, kind, ranks, sign, count)
         )
     found = jlora.combine_adapters(read, weights, kind, **settings)
     assert "dare" not in kind or not masks  # each was used
-    assert_near(ours(found), expected)
+    assert_near(ours(found), expected, cut=kind.endswith("svd"))
     summed = ours(jlora.combine_adapters(read, weights, "cat"))
     far = [name for name in summed if not np.allclose(summed[name], expected[name], rtol=1e-3)]
     assert bool(far) == (kind != "cat")  # no other way is the sum: each shows what it does
