@@ -181,8 +181,9 @@ def _check_alike(
         for name, update in own.items():
             other, where = first.setdefault(name, (update, stored.where))
             if not _same_weight(other, update):
-                shapes = " and ".join(f"{u.in_shape} x {u.out_shape}" for u in (other, update))
-                problems.append(f"{name}: {shapes} in {where} and {stored.where}")
+                problems.append(
+                    f"{name}: shapes {other.shape} and {update.shape} in {where} and {stored.where}"
+                )
             elif same_rank and other.r != update.r:
                 problems.append(
                     f"{name}: ranks {other.r} and {update.r} in {where} and {stored.where}"

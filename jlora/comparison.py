@@ -11,7 +11,7 @@ import numpy as np
 from jlora import adapters, norms, tables
 from jlora.checkpoint import StoredAdapter
 from jlora.config import LoraConfig
-from jlora.description import rows_of, shape, text
+from jlora.description import rows_of, text
 from jlora.updates import Update, others, updates
 
 
@@ -116,9 +116,9 @@ def compare(a: str | Path | StoredAdapter, b: str | Path | StoredAdapter) -> Dif
     like = [path for path in both if _form(ours[path]) == _form(theirs[path])]
     return Difference(
         settings=_settings(one.config, two.config),
-        only_a={path: _shape(leaf) for path, leaf in ours.items() if path not in theirs},
-        only_b={path: _shape(leaf) for path, leaf in theirs.items() if path not in ours},
-        unlike={p: (_shape(ours[p]), _shape(theirs[p])) for p in both if p not in like},
+        only_a={path: tuple(leaf.shape) for path, leaf in ours.items() if path not in theirs},
+        only_b={path: tuple(leaf.shape) for path, leaf in theirs.items() if path not in ours},
+        unlike={p: (tuple(ours[p].shape), tuple(theirs[p].shape)) for p in both if p not in like},
         changes={path: _change(ours[path], theirs[path]) for path in like},
         cells={path: _cells(ours[path], theirs[path]) for path in like},
     )
@@ -147,10 +147,6 @@ def _form(leaf: Any) -> tuple[int, ...]:
     if not isinstance(leaf, Update):
         return tuple(leaf.shape)
     return (*leaf.batch_shape, math.prod(leaf.in_shape), math.prod(leaf.out_shape))
-
-
-def _shape(leaf: Any) -> tuple[int, ...]:
-    return shape(leaf) if isinstance(leaf, Update) else tuple(leaf.shape)
 
 
 def _cells(x: Any, y: Any) -> tables.Cells:

@@ -69,7 +69,7 @@ def _layers(
     stored: StoredAdapter, found: dict[str, Update], sizes: dict[str, float], all_layers: bool
 ) -> str:
     rows = [
-        (name, (str(shape(update)), str(update.r), f"{update.alpha:g}", str(update.parameters)))
+        (name, (str(update.shape), str(update.r), f"{update.alpha:g}", str(update.parameters)))
         for name, update in found.items()
     ]
     more = others(stored)
@@ -90,11 +90,6 @@ def rows_of(
 ) -> list[tuple[str, list[str], tables.Cells]]:
     """The rows as `tables.grouped` gives them, or each on its own."""
     return [(p, [p], cells) for p, cells in rows] if all_layers else tables.grouped(rows)
-
-
-def shape(update: Update) -> tuple[int, ...]:
-    """Of the weight: experts, inputs, outputs."""
-    return (*update.batch_shape, *update.in_shape, *update.out_shape)
 
 
 def _base_model(where: Path) -> str | None:

@@ -47,6 +47,11 @@ class Update:
         return tuple(self.lora_b.shape[self.batch + 1 :])
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of all of these: of the weight, where its axes come in this order."""
+        return (*self.batch_shape, *self.in_shape, *self.out_shape)
+
+    @property
     def parameters(self) -> int:
         """Number of values in both factors."""
         return math.prod(self.lora_a.shape) + math.prod(self.lora_b.shape)
