@@ -3,6 +3,7 @@
 from jlora.adapters import import_peft as import_peft
 from jlora.adapters import load_adapter as load_adapter
 from jlora.checkpoint import save_adapter as save_adapter
+from jlora.combination import combine_adapters as combine_adapters
 from jlora.config import LoraConfig as LoraConfig
 from jlora.config import QuantConfig as QuantConfig
 from jlora.errors import JloraError as JloraError

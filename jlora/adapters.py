@@ -15,11 +15,12 @@ from jlora.errors import JloraError
 from jlora.targets import Plan
 
 
-def load_adapter(path: str | Path, model: Any, *, params: Any = None) -> Any:
+def load_adapter(path: str | Path | StoredAdapter, model: Any, *, params: Any = None) -> Any:
     """Put the adapter at `path` on `model`, in place, with every factor accounted for.
 
     Args:
-        path: a run of `jlora train`, what `save_adapter` wrote, or a PEFT directory.
+        path: a run of `jlora train`, what `save_adapter` wrote, or a PEFT directory; or what
+            `combine_adapters` returned.
         model: the base model, or one that was injected alike; of Linen, the injected module, for
             what was saved of one.
         params: the Linen module's tree of parameters.
@@ -40,12 +41,14 @@ def import_peft(path: str | Path, model: Any) -> Any:
     return apply(peft.read_peft(path), model)
 
 
-def read(path: str | Path) -> StoredAdapter:
-    """Read an adapter of any form.
+def read(path: str | Path | StoredAdapter) -> StoredAdapter:
+    """Read an adapter of any form; one that has been read is returned as it is.
 
     Raises:
         JloraError: nothing readable at `path`.
     """
+    if isinstance(path, StoredAdapter):
+        return path
     path = Path(path)
     if checkpoint.is_adapter(path):
         return checkpoint.read_adapter(path)

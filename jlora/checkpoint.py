@@ -32,6 +32,24 @@ class StoredAdapter:
     base_weights: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Module's canonical path -> its base weight (out, in), where the file has a copy of it."""
 
+    def save(self, path: str | Path) -> None:
+        """Write the adapter, as `save_adapter` does one of a model, to the new directory `path`.
+
+        Raises:
+            JloraError: `path` exists.
+        """
+        path = Path(path).absolute()
+        if path.exists():
+            raise JloraError(f"{path} exists already; save to a new directory")
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            checkpointer.save(
+                path,
+                args=ocp.args.Composite(
+                    adapters=ocp.args.StandardSave(self.factors),
+                    meta=ocp.args.JsonSave(lora_meta(self.config)),
+                ),
+            )
+
 
 def save_adapter(
     path: str | Path, model: Any, config: config.LoraConfig, *, params: Any = None
@@ -47,17 +65,7 @@ def save_adapter(
     Raises:
         JloraError: `path` exists; the model holds no adapters, or others than `config` says.
     """
-    path = Path(path).absolute()
-    if path.exists():
-        raise JloraError(f"{path} exists already; save to a new directory")
-    factors = gather(model, config, params).factors
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        checkpointer.save(
-            path,
-            args=ocp.args.Composite(
-                adapters=ocp.args.StandardSave(factors), meta=ocp.args.JsonSave(lora_meta(config))
-            ),
-        )
+    gather(model, config, params).save(path)
 
 
 def gather(model: Any, config: config.LoraConfig, params: Any = None) -> StoredAdapter:

@@ -4,11 +4,9 @@ import dataclasses
 import functools
 import itertools
 import json
-import math
 import os
-import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,10 @@ usage: jlora COMMAND [flags]        jlora COMMAND --help lists a command's flags
                                     answer prompts
   quantize --model DIR --to DIR     write a model with 4-bit or 8-bit weights, as bitsandbytes does
   export --run RUN --to DIR         write a run's newest checkpoint as a PEFT adapter
+  combine --adapters A B --weights 0.5 0.5 --to DIR
+                                    make one adapter of several
+  diff A B                          compare two adapters; exits with 1 where they differ
+  inspect ADAPTER                   show an adapter's settings, layers, norms and files
   inspect --model DIR               show what the --lora flags adapt; with --model-config FILE, of a
                                     config.json without weights
 """
@@ -145,8 +147,39 @@ def export(settings: commands.ExportConfig) -> None:
     print(f"wrote {settings.to}")
 
 
+def combine(settings: commands.CombineConfig) -> None:
+    """Write a combination of adapters: in Orbax, or with --model in the PEFT format."""
+    from jlora import combination, peft
+    from jlora.models import load
+
+    if settings.to.exists():
+        raise JloraError(f"{settings.to} exists already; choose another --to")
+    options = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    to, model = options.pop("to"), options.pop("model")
+    stored = combination.combine_adapters(**options)
+    if model is None:
+        stored.save(to)
+    else:
+        peft.write_peft(to, load.abstract(model), stored, base_model=str(model))
+    print(f"wrote {to}")
+
+
+def diff(settings: commands.DiffConfig) -> None:
+    """Print how two adapters differ. Exits with 0 where both add the same to the base, else 1."""
+    from jlora import comparison
+
+    found = comparison.compare(settings.a, settings.b)
+    print(found.table(all_layers=settings.all_layers))
+    raise SystemExit(0 if found.same else 1)
+
+
 def inspect(settings: commands.InspectConfig) -> None:
-    """Print what would be trained: path, shape, rank, alpha and parameters; and PEFT's summary."""
+    """Print what an adapter is; or what would be trained, and PEFT's summary."""
+    if settings.adapter is not None:
+        from jlora import description
+
+        print(description.describe(settings.adapter, all_layers=settings.all_layers))
+        return
     from jlora import injection
     from jlora.models import load
 
@@ -154,43 +187,9 @@ def inspect(settings: commands.InspectConfig) -> None:
     assert given is not None  # the settings see to it
     model = load.abstract(given)
     plan = injection.plan(model, settings.lora)
-    print(plan if settings.all_layers else compact(plan))
+    print(plan if settings.all_layers else plan.compact())
     _, base = injection.count(model)
     print(injection.summary_line(plan.parameters, base + plan.parameters))
-
-
-def compact(plan: Any) -> str:
-    """The table of a plan with one row for all layers that differ in nothing but their index."""
-    cells = [
-        (t.site.path, str(t.site.shape), str(t.r), f"{t.alpha:g}", t.parameters)
-        for t in plan.targets
-    ]
-    cells += [(path, str(shape), "", "", math.prod(shape)) for path, shape in plan.whole.items()]
-    for path, picked in plan.tokens.items():
-        cells.append((path, f"{len(picked)} rows", "", "", len(picked) * plan.widths[path]))
-    groups: dict[tuple, list[int]] = {}
-    for path, *rest in cells:
-        before, *index, after = ["", *re.split(r"(?:^|(?<=/))(\d+)(?=/|$)", path, maxsplit=1)][-3:]
-        groups.setdefault((before, after, *rest), []).extend(map(int, index))
-    rows = [("path", "shape", "rank", "alpha", "parameters")]
-    for (before, after, *rest, size), layers in groups.items():
-        times = f"{len(layers)} × " if len(layers) > 1 else ""
-        rows.append((before + _ranges(layers) + after, *rest, f"{times}{size:,d}"))
-    rows.append(("total", "", "", "", f"{plan.parameters:,d}"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = (zip(row, widths, (str.ljust,) * 2 + (str.rjust,) * 3, strict=True) for row in rows)
-    return "\n".join("  ".join(pad(cell, width) for cell, width, pad in line) for line in lines)
-
-
-def _ranges(numbers: Iterable[int]) -> str:
-    """[0, 1, 2, 5] to "0-2,5"."""
-    runs: list[list[int]] = []
-    for n in sorted(numbers):
-        if runs and runs[-1][-1] == n - 1:
-            runs[-1].append(n)
-        else:
-            runs.append([n])
-    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
@@ -201,12 +200,17 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "generate": (commands.GenerateConfig, generate),
     "quantize": (commands.QuantizeConfig, quantize),
     "export": (commands.ExportConfig, export),
+    "combine": (commands.CombineConfig, combine),
+    "diff": (commands.DiffConfig, diff),
     "inspect": (commands.InspectConfig, inspect),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command. Exits with 2 on bad input, 128 + n when signal n stopped a training run."""
+    """Run one command. Exits with 2 on bad input, 128 + n when signal n stopped a training run.
+
+    `diff` exits with 1 where the adapters differ.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")

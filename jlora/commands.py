@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional
 
-from jlora.config import LoraConfig, QuantConfig, Strict, check_least
+from jlora.config import CombinationType, LoraConfig, QuantConfig, Strict, check_least
 from jlora.errors import JloraError
 
 
@@ -96,9 +96,49 @@ class ExportConfig(Strict):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class InspectConfig(Strict):
-    """Show what a LoRA configuration adapts in a model, of which no weights are read."""
+class CombineConfig(Strict):
+    """Make one adapter of several; which ways there are, `jlora.combine_adapters` says."""
 
+    adapters: tuple[Path, ...]
+    """Runs, Orbax adapters or PEFT directories."""
+    weights: tuple[float, ...]
+    """One for each."""
+    to: Path
+    """Directory to write."""
+    combination_type: CombinationType = "svd"
+    """svd and cat sum the updates; linear, ties, dare_… and magnitude_prune work on the factors,
+    the same with _svd on the updates."""
+    svd_rank: int | None = None
+    """Of svd and …_svd: highest rank of the result; None takes the adapters' highest."""
+    density: float | None = None
+    """Of ties, dare_… and magnitude_prune: the part of the values that is kept."""
+    majority_sign_method: Literal["total", "frequency"] = "total"
+    """Of ties: elect a value's sign by the sum of the values, or by their number."""
+    seed: int = 0
+    """Of what dare_… drops."""
+    model: Path | None = None
+    """Hugging Face model directory, or its config.json, to write the PEFT format for; otherwise an
+    Orbax adapter is written, which needs none."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DiffConfig(Strict):
+    """Compare two adapters: settings, layers, and how far apart their updates are."""
+
+    a: Annotated[Path, Positional]
+    """A run, an Orbax adapter or a PEFT directory."""
+    b: Annotated[Path, Positional]
+    """Another."""
+    all_layers: bool = False
+    """A row for each layer; otherwise layers that are alike share one."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InspectConfig(Strict):
+    """Show what an adapter is, or what a LoRA configuration adapts in a model, without weights."""
+
+    adapter: Annotated[Path | None, Positional] = None
+    """A run, an Orbax adapter or a PEFT directory."""
     model: Path | None = None
     """Hugging Face model directory."""
     model_config: Path | None = None
@@ -108,12 +148,16 @@ class InspectConfig(Strict):
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
-        if (self.model is None) == (self.model_config is None):
-            given = "neither was" if self.model is None else "both were"
+        given = [x for x in (self.adapter, self.model, self.model_config) if x is not None]
+        if len(given) != 1:
+            found = "none was" if not given else f"{', '.join(map(str, given))} were"
             raise JloraError(
-                "inspect takes one of --model DIR (a Hugging Face model directory) and "
-                f"--model-config FILE (a config.json alone, no weights needed); {given} given"
+                "inspect takes one of ADAPTER (a run, an Orbax adapter or a PEFT directory), "
+                "--model DIR (a Hugging Face model directory) and --model-config FILE (a "
+                f"config.json alone, no weights needed); {found} given"
             )
+        if self.adapter is not None and self.lora != LoraConfig():
+            raise JloraError("the --lora flags are for --model: an adapter has its own settings")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

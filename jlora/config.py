@@ -13,6 +13,10 @@ from jlora.errors import JloraError, nearest
 
 ALL_LINEAR = "all-linear"
 QUANT_KINDS = ("nf4", "fp4", "int8")
+CombinationType = Literal[
+    "svd", "cat", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune",
+    "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd",
+]  # fmt: skip
 BLOCK_SIZES = tuple(2**i for i in range(5, 13))  # bitsandbytes'
 
 C = TypeVar("C")

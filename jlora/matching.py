@@ -56,19 +56,21 @@ class Choice:
         parts = name.split("/")
         return any(self.saved(".".join(parts[:n])) for n in range(1, len(parts) + 1))
 
+    def values(self, names: tuple[str, ...]) -> tuple[int, float]:
+        """Rank and alpha of a layer that patterns may call by any of `names`, which are dotted."""
+        return self._ranks(names, self.config.r), self._alphas(names, self.config.lora_alpha)
+
     def target(self, site: Site) -> Target | None:
         """How the site is adapted, or None.
 
         Raises:
             JloraError: experts in layers that differ in rank.
         """
-        c = self.config
         own: list[tuple[int, float, float]] = []
         for name in site.names:
             if self.takes(site, name):
-                names = _dotted_names(site, name)
-                r, alpha = self._ranks(names, c.r), self._alphas(names, c.lora_alpha)
-                own.append((r, alpha, c.scaling(r, alpha)))
+                r, alpha = self.values(_dotted_names(site, name))
+                own.append((r, alpha, self.config.scaling(r, alpha)))
             else:
                 own.append((0, 0.0, 0.0))
         if len(set(own)) == 1:

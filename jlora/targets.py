@@ -3,9 +3,9 @@
 import dataclasses
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from jlora import canonical
+from jlora import canonical, tables
 from jlora.adapter import LORA_TOKENS, Site, Target
 from jlora.config import ALL_LINEAR, LoraConfig, QuantConfig
 from jlora.errors import JloraError
@@ -14,7 +14,7 @@ from jlora.matching import Choice, dotted, ends
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What `inject` adapts. `str(plan)` is a table."""
+    """What `inject` adapts. `str(plan)` is a table, `plan.compact()` a shorter one."""
 
     targets: tuple[Target, ...]
     whole: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
@@ -74,27 +74,32 @@ class Plan:
         return "; ".join(lines[:5]) + (f"; and {len(lines) - 5} more" if len(lines) > 5 else "")
 
     def __str__(self) -> str:
-        rows = [("path", "shape", "rank", "alpha", "parameters")]
+        return self._table((path, 1, cells, size) for path, cells, size in self._rows())
+
+    def compact(self) -> str:
+        """The table with one row for all layers that differ in nothing but their index."""
+        groups = tables.grouped((path, (*cells, str(n))) for path, cells, n in self._rows())
+        return self._table(
+            (name, len(paths), cells, int(size)) for name, paths, (*cells, size) in groups
+        )
+
+    def _rows(self) -> Iterator[tuple[str, tuple[str, ...], int]]:
+        """Path; shape, rank and alpha; parameters."""
         for target in self.targets:
-            site = target.site
             rank = "/".join(map(str, sorted({r for r in target.ranks if r})))
             alpha = "/".join(f"{a:g}" for a in sorted({a for r, a, _ in target.layers if r}))
-            number = (site.path, str(site.shape), rank, alpha or f"{target.alpha:g}")
-            rows.append((*number, f"{target.parameters:,d}"))
+            cells = (str(target.site.shape), rank, alpha or f"{target.alpha:g}")
+            yield target.site.path, cells, target.parameters
         for path, shape in self.whole.items():
-            rows.append((path, str(shape), "", "", f"{math.prod(shape):,d}"))
+            yield path, (str(shape), "", ""), math.prod(shape)
         for path, picked in self.tokens.items():
-            size = len(picked) * self.widths[path]
-            rows.append((path, f"{len(picked)} rows", "", "", f"{size:,d}"))
-        rows.append(("total", "", "", "", f"{self.parameters:,d}"))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join(
-                cell.ljust(width) if i < 2 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        )
+            yield path, (f"{len(picked)} rows", "", ""), len(picked) * self.widths[path]
+
+    def _table(self, rows: Iterable[tuple[str, int, Sequence[str], int]]) -> str:
+        header = ("path", "shape", "rank", "alpha", "parameters")
+        lines = [(path, *cells, tables.times(n, size)) for path, n, cells, size in rows]
+        total = ("total", "", "", "", f"{self.parameters:,d}")
+        return tables.render([header, *lines, total], left=2)
 
 
 def _rank(target: tuple[int, float | tuple[float, ...]] | None) -> str:

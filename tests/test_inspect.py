@@ -125,16 +125,18 @@ def test_what_is_trained_as_a_whole_has_rows(small: Path, capsys) -> None:
 @pytest.mark.parametrize(
     ("flags", "problem"),
     [
-        ((), "neither was given"),
-        (("--model", "a", "--model-config", "b"), "both were given"),
+        ((), "none was given"),
+        (("--model", "a", "--model-config", "b"), "a, b were given"),
+        (("c", "--model", "a"), "c, a were given"),
     ],
 )
-def test_one_of_two_flags(flags: tuple[str, ...], problem: str, capfd) -> None:
+def test_one_of_three(flags: tuple[str, ...], problem: str, capfd) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(["inspect", *flags])
     assert caught.value.code == 2
     said = " ".join(capfd.readouterr().err.replace("│", " ").split())
-    assert "one of --model DIR" in said
+    assert "one of ADAPTER" in said
+    assert "--model DIR" in said
     assert "--model-config FILE" in said
     assert problem in said
 

@@ -12,7 +12,7 @@ PACKAGE = Path(jlora.__file__).parent
 
 # A module imports only from modules above it in this list.
 LAYERS = [
-    "errors files paths config commands conversion canonical adapter matching targets",
+    "errors files paths tables config commands conversion canonical adapter matching targets",
     "quant quant.codebooks quant.blockwise quant.checks quant.array quant.quantize",
     "quant.bitsandbytes quant.pallas_tpu quant.pallas_gpu quant.matmul",
     "injection.registry injection.lowrank injection.plain",
@@ -23,7 +23,8 @@ LAYERS = [
     "injection",
     "models models.attention models.transformer models.families models.tensors models.load",
     "models.gguf",
-    "fetch checkpoint peft adapters",
+    "fetch checkpoint updates norms peft adapters mixture combination description",
+    "comparison",
     "data data.records data.source data.chat data.batching",
     "generation evaluate optim",
     "train train.loss train.step train.checkpoint train.run train.measure train.loop",
