@@ -25,7 +25,7 @@ LAYERS = [
     "models.gguf",
     "fetch checkpoint peft adapters bank",
     "data data.records data.source data.chat data.batching",
-    "generation evaluate optim",
+    "generation prompts evaluate optim",
     "train train.loss train.step train.checkpoint train.run train.measure train.loop",
     "cli",
 ]
