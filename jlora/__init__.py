@@ -2,6 +2,7 @@
 
 from jlora.adapters import import_peft as import_peft
 from jlora.adapters import load_adapter as load_adapter
+from jlora.bank import Bank as Bank
 from jlora.checkpoint import save_adapter as save_adapter
 from jlora.combination import combine_adapters as combine_adapters
 from jlora.config import LoraConfig as LoraConfig

@@ -22,7 +22,8 @@ usage: jlora COMMAND [flags]        jlora COMMAND --help lists a command's flags
                                     fine-tune; flags beat --config FILE.toml, which beats defaults
   eval --model DIR --data DATA      loss, exact answers, likeliest labels
   generate --model DIR --prompt TEXT
-                                    answer prompts
+                                    answer prompts; with --prompts FILE and --adapter NAME=DIR …,
+                                    those of a file, each with its adapter
   quantize --model DIR --to DIR     write a model with 4-bit or 8-bit weights, as bitsandbytes does
   export --run RUN --to DIR         write a run's newest checkpoint as a PEFT adapter
   combine --adapters A B --weights 0.5 0.5 --to DIR
@@ -61,7 +62,7 @@ def train(settings: config.TrainConfig) -> None:
 
 def evaluate(settings: commands.EvaluateConfig) -> None:
     """Print a JSON object of measures."""
-    from jlora import evaluate, injection
+    from jlora import adapters, evaluate, injection
     from jlora.data import chat, source
     from jlora.generation import stop_ids
     from jlora.train import measure
@@ -69,7 +70,10 @@ def evaluate(settings: commands.EvaluateConfig) -> None:
     split = None if Path(settings.data).is_file() else "test"
     records = source.load_records(settings.data, split)[: settings.rows]
     labels = settings.labels or source.read_labels(settings.data)
-    model, tokenizer = _load(settings)
+    paths = [] if settings.adapter is None else [settings.adapter]
+    model, tokenizer = _load(settings, paths)
+    for path in paths:
+        adapters.load_adapter(path, model)
     examples, encoded = chat.encode_all(records, tokenizer, settings.max_length)
     batches = measure.evaluation_batches(examples, settings.batch_size)
     answers = evaluate.answers(
@@ -92,29 +96,32 @@ def evaluate(settings: commands.EvaluateConfig) -> None:
 
 def generate(settings: commands.GenerateConfig) -> None:
     """Print the answer to each prompt."""
+    from jlora import prompts
     from jlora.data import chat
     from jlora.generation import generate, stop_ids
 
-    model, tokenizer = _load(settings)
-    before: list[chat.Message] = []
-    if settings.system:
-        before.append({"role": "system", "content": settings.system})
-    prompts = [
-        chat.encode_prompt([*before, {"role": "user", "content": text}], tokenizer)
-        for text in settings.prompt
-    ]
+    paths = prompts.named(itertools.chain(*settings.adapter))
+    asked = (
+        prompts.read(settings.prompts, list(paths))
+        if settings.prompts
+        else prompts.ask(settings.prompt, list(paths))
+    )
+    model, tokenizer = _load(settings, paths.values())
+    model, names = prompts.adapt(model, paths, asked)
     answers = generate(
         model,
-        prompts,
+        [chat.encode_prompt(row.messages(settings.system), tokenizer) for row in asked],
+        adapters=names,
         max_new_tokens=settings.max_new_tokens,
         stop_ids=stop_ids(settings.model, tokenizer),
         temperature=settings.temperature,
         top_p=settings.top_p,
         seed=settings.seed,
-        batch_size=min(len(prompts), 8),
+        batch_size=min(len(asked), 8),
     )
-    for answer in answers:
-        print(tokenizer.decode(answer.tolist(), skip_special_tokens=True))
+    for row, answer in zip(asked, answers, strict=True):
+        text = tokenizer.decode(answer.tolist(), skip_special_tokens=True)
+        print(json.dumps(row.answered(text), ensure_ascii=False) if settings.prompts else text)
 
 
 def quantize(settings: commands.QuantizeConfig) -> None:
@@ -278,32 +285,42 @@ def _defaults(cls: type, file: Path) -> Any:
     return dataclasses.replace(described, **dict.fromkeys(absent, tyro.MISSING))
 
 
-def _load(settings: Any) -> tuple[Any, Any]:
-    """Model, with its adapter, and tokenizer of a command that has --model and --adapter."""
-    from jlora import adapters
+def _load(settings: Any, adapters: Iterable[Path]) -> tuple[Any, Any]:
+    """The base, as these adapters had it, and tokenizer of a command that has --model."""
     from jlora.data import chat
     from jlora.models import families, load
 
     vocab_size = families.read_config(settings.model).vocab_size
     tokenizer = chat.load_tokenizer(settings.model, vocab_size)
     dtype = load.compute_dtype(settings.dtype)
-    model = load.load(settings.model, dtype=dtype, quant=_quant_of(settings))
-    if settings.adapter is not None:
-        adapters.load_adapter(settings.adapter, model)
-    return model, tokenizer
+    quant = _quant_of(settings.model, adapters)
+    return load.load(settings.model, dtype=dtype, quant=quant), tokenizer
 
 
-def _quant_of(settings: Any) -> config.QuantConfig | None:
-    """How a run that --adapter names quantised the base that its adapter was trained on."""
+def _quant_of(model: Path, adapters: Iterable[Path]) -> config.QuantConfig | None:
+    """How the runs among adapters quantised the base that they were trained on.
+
+    Raises:
+        JloraError: not all alike.
+    """
     from jlora.models import load
     from jlora.train.run import Run
 
-    if settings.adapter is None or not (file := Run(settings.adapter).config_file).is_file():
-        return None
-    used = conversion.read_toml(file)
-    if used.get("method") != "qlora" or load.is_quantised(settings.model):
-        return None
-    return conversion.from_dict(config.QuantConfig, used["quant"], where=str(file))
+    found: dict[config.QuantConfig | None, Path] = {}
+    for adapter in adapters:
+        if (file := Run(adapter).config_file).is_file() and not load.is_quantised(model):
+            used = conversion.read_toml(file)
+            quant = used["quant"] if used.get("method") == "qlora" else None
+            found.setdefault(
+                quant and conversion.from_dict(config.QuantConfig, quant, where=str(file)), adapter
+            )
+    if len(found) > 1:
+        raise JloraError(
+            "the adapters were trained on bases quantised in different ways: "
+            + "; ".join(f"{path} on {quant or 'plain weights'}" for quant, path in found.items())
+            + "; use them one by one"
+        )
+    return next(iter(found), None)
 
 
 def use_compilation_cache() -> None:

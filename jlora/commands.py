@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, UseAppendAction
 
 from jlora.config import CombinationType, LoraConfig, QuantConfig, Strict, check_least
 from jlora.errors import JloraError
@@ -62,10 +62,13 @@ class GenerateConfig(Strict):
 
     model: Path
     """Hugging Face model directory."""
-    prompt: tuple[str, ...]
+    prompt: tuple[str, ...] = ()
     """One user turn each."""
-    adapter: Path | None = None
-    """A run, an Orbax adapter or a PEFT directory."""
+    prompts: Path | None = None
+    """Or a JSONL file of rows {"prompt": …, "adapter": NAME or null for the base, "system": …}, of
+    which only the first must be there; each row is printed with its "answer"."""
+    adapter: UseAppendAction[tuple[tuple[str, ...], ...]] = ()
+    """A run, an Orbax adapter or a PEFT directory; or several, NAME=DIR each, for --prompts."""
     system: str | None = None
     """System message before each prompt; None leaves it to the chat template."""
     max_new_tokens: int = 128
@@ -81,8 +84,11 @@ class GenerateConfig(Strict):
 
     def __post_init__(self) -> None:
         check_least(self, {"max_new_tokens": 1})
-        if not self.prompt:
-            raise JloraError("prompt is empty: give at least one text")
+        if bool(self.prompt) == (self.prompts is not None):
+            given = "both were" if self.prompt else "neither was"
+            raise JloraError(
+                f"generate takes one of --prompt TEXT and --prompts FILE; {given} given"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

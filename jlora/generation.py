@@ -17,8 +17,10 @@ import numpy as np
 from jax import Array
 
 from jlora import injection
+from jlora.bank import Bank
 from jlora.errors import JloraError
 from jlora.models.transformer import CausalLM, KVCache
+from jlora.selection import gathered
 
 _WIDTH = 32  # prompts are padded to a multiple of this
 _STOPS = 8  # and stop tokens to a multiple of this
@@ -49,9 +51,10 @@ class Sampling(NamedTuple):
 
 
 def generate(
-    model: CausalLM,
+    model: CausalLM | Bank,
     prompts: Sequence[np.ndarray],
     *,
+    adapters: Sequence[str | None] | None = None,
     max_new_tokens: int,
     stop_ids: Sequence[int],
     temperature: float = 0.0,
@@ -65,8 +68,10 @@ def generate(
     length rounded up to a multiple of 32.
 
     Args:
-        model: is run without dropout; its own mode stays as it is.
+        model: is run without dropout; its own mode stays as it is. Or a bank over one.
         prompts: int32 (T,) each, of any lengths.
+        adapters: of a bank: the name of each prompt's adapter, None for the base alone; those of
+            different adapters are run together. If left out, the active one is used for all.
         max_new_tokens: also sizes the cache, so a generous value costs memory.
         stop_ids: see the function of that name; may be empty.
         temperature: 0 takes the likeliest token at every step; otherwise logits are divided by it.
@@ -79,16 +84,21 @@ def generate(
         The new tokens of each prompt, int32 (t,), in the order of `prompts`, less the stop token.
 
     Raises:
-        JloraError: an argument out of range, or an empty prompt.
+        JloraError: an argument out of range, an empty prompt, an unknown adapter.
     """
     _check(prompts, max_new_tokens, temperature, top_p, batch_size)
-    frozen = injection.partition(model)
+    bank = model if isinstance(model, Bank) else None
+    _check_adapters(bank, adapters, len(prompts))
+    frozen = injection.partition(model) if bank is None else bank.partition()
     sampling = Sampling(jax.random.key(seed), jnp.float32(temperature), jnp.float32(top_p))
     stops = stop_array(stop_ids)
     outputs: list[np.ndarray] = [np.zeros(0, np.int32)] * len(prompts)
     for rows in batches([len(prompt) for prompt in prompts], batch_size):
         width = -(-max(len(prompts[row]) for row in rows) // _WIDTH) * _WIDTH
         tokens, mask = pad(prompts, rows, width, batch_size)
+        if bank is not None and adapters is not None:
+            filler = [None] * (batch_size - len(rows))
+            frozen = bank.partition([*(adapters[row] for row in rows), *filler])
         prompt = prefill(*frozen, tokens, mask, slots=width + max_new_tokens)
         new = decode(
             *frozen, prompt, fill(rows, batch_size), stops, sampling, max_new_tokens=max_new_tokens
@@ -167,7 +177,8 @@ def prefill(
     """Read the prompts.
 
     Args:
-        adapters: with `base`, the model as `injection.partition` splits it; run without dropout.
+        adapters: with `base`, the model as `injection.partition` or a bank splits it; run without
+            dropout.
         base: see above.
         tokens: int32 (B, T), padded on the left.
         mask: bool (B, T), False for padding.
@@ -206,7 +217,7 @@ def decode(
     """Go on from `prompt`, a token a step, until every row has stopped.
 
     Args:
-        adapters: with `base`, the model as `injection.partition` splits it; run without dropout.
+        adapters: with `base`, as for `prefill`.
         base: see above.
         prompt: its cache has room for `max_new_tokens` - 1 more.
         rows: int32 (B,): each row's number, from which its draws are derived; -1 for filler.
@@ -218,6 +229,7 @@ def decode(
         int32 (B, N), -1 from the stop token on.
     """
     keys = jax.vmap(lambda row: jax.random.fold_in(sampling.key, row))(rows)
+    adapters = gathered(adapters)  # here, not at every step
 
     def put(step: Array, logits: Array, new: Array, done: Array) -> tuple[Array, Array, Array]:
         token = _draw(logits, jax.vmap(lambda key: jax.random.fold_in(key, step))(keys), sampling)
@@ -273,6 +285,19 @@ def _nucleus(logits: Array, top_p: Array) -> Array:
     likelier = jnp.cumsum(probs, axis=-1) - probs  # the sum before each, 0 for the first
     least = jnp.min(jnp.where(likelier < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits < least, -jnp.inf, logits)
+
+
+def _check_adapters(bank: Bank | None, adapters: Sequence[str | None] | None, prompts: int) -> None:
+    if adapters is None:
+        return
+    if bank is None:
+        raise JloraError("adapters are of a bank: give generate a jlora.Bank for its model")
+    if isinstance(adapters, str) or len(adapters) != prompts:
+        raise JloraError(
+            f"adapters is {adapters!r}: give a list of one name, or None, for each of the "
+            f"{prompts} prompts"
+        )
+    bank.partition(adapters)  # all names are known
 
 
 def _check(

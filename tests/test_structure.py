@@ -12,10 +12,11 @@ PACKAGE = Path(jlora.__file__).parent
 
 # A module imports only from modules above it in this list.
 LAYERS = [
-    "errors files paths tables config commands conversion canonical adapter matching targets",
+    "errors files paths tables config commands conversion canonical adapter selection matching",
+    "targets",
     "quant quant.codebooks quant.blockwise quant.checks quant.array quant.quantize",
     "quant.bitsandbytes quant.pallas_tpu quant.pallas_gpu quant.matmul",
-    "injection.registry injection.lowrank injection.plain",
+    "injection.registry injection.rows injection.lowrank injection.plain",
     "injection.nnx_tree injection.nnx_plain injection.nnx_sites injection.nnx_quant",
     "injection.nnx_layer injection.nnx",
     "injection.params injection.linen_tree injection.linen_layer injection.linen_plain",
@@ -24,9 +25,9 @@ LAYERS = [
     "models models.attention models.transformer models.families models.tensors models.load",
     "models.gguf",
     "fetch checkpoint updates norms peft adapters mixture combination description",
-    "comparison",
+    "comparison bank",
     "data data.records data.source data.chat data.batching",
-    "generation evaluate optim",
+    "generation prompts evaluate optim",
     "train train.loss train.step train.checkpoint train.run train.measure train.loop",
     "cli",
 ]

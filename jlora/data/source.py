@@ -48,14 +48,14 @@ def load_records(source: str | Path, split: str | None = None) -> list[Record]:
             raise JloraError(
                 f"{path} holds more than one {split!r} split: {names}. Keep or rename one of them."
             )
-        return check_records(_read_file(files[0]), str(files[0]))
+        return check_records(read_rows(files[0]), str(files[0]))
     if path.is_file():
         if split != "train":
             raise JloraError(
                 f"{path} is a single file, which has no {split!r} split. Put {split}.jsonl beside "
                 "train.jsonl in a directory and give the directory, or name that file itself."
             )
-        return check_records(_read_file(path), str(path))
+        return check_records(read_rows(path), str(path))
     return check_records(_read_hub(str(source), split), str(source))
 
 
@@ -120,7 +120,12 @@ def _missing_split(directory: Path, split: str) -> str:
     )
 
 
-def _read_file(path: Path) -> Iterator[tuple[str, object]]:
+def read_rows(path: Path) -> Iterator[tuple[str, object]]:
+    """Each row of a .jsonl, .json or .parquet file, after its place; `Malformed` where it is none.
+
+    Raises:
+        JloraError: another ending; no UTF-8.
+    """
     if path.suffix not in SUFFIXES:
         raise JloraError(
             f"{path}: cannot read a file that ends in {path.suffix!r}; the endings known are "

@@ -169,8 +169,10 @@ def partition(model: Any, *, everything: bool = False) -> tuple[dict[str, Any], 
     return nnx_tree.partition(_nnx(model), everything)
 
 
-def combine(adapters: Mapping[str, Any], base: Any) -> Any:
+def combine(adapters: Any, base: Any) -> Any:
     """The model or tree made of `adapters` and `base`, as `partition` gave them, without copies.
+
+    Those of a bank (`jlora.Bank.partition`) are gathered here: call it within jit.
 
     For Linen `base` may also be a tree of parameters: pretrained ones, say, that get the adapters
     which `init` of the injected module made.

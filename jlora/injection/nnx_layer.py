@@ -11,7 +11,7 @@ from flax import nnx
 from jlora import adapter
 from jlora.adapter import LORA_A
 from jlora.errors import JloraError
-from jlora.injection import nnx_quant, registry
+from jlora.injection import nnx_quant, registry, rows
 from jlora.injection.nnx_sites import REGISTRY, type_of
 from jlora.injection.registry import Contraction, Lookup
 
@@ -25,6 +25,8 @@ class LoraLayer:
 
     __slots__ = ()
     lora_base: type[nnx.Module]
+    lora_rows = False
+    """Whether the factors have a leading axis: those of each row of the input, which leads too."""
 
     def lora_call(self: Any, method: str, *args: Any, **kwargs: Any) -> jax.Array:
         """The layer's own output plus the low-rank term, in the dtype of that output."""
@@ -53,11 +55,14 @@ class LoraLayer:
                         "does not slice the scalings: let its axes be 0 for all variables, not "
                         "for nnx.Param alone"
                     )
-            term = layer_type.delta(self, method, (low, *rest), kwargs, factors, scaling, y.dtype)
+            delta = (
+                functools.partial(rows.delta, layer_type) if self.lora_rows else layer_type.delta
+            )
+            term = delta(self, method, (low, *rest), kwargs, factors, scaling, y.dtype)
             y = y + term
         if hasattr(self, "lora_tokens"):
-            rows = self.lora_tokens[...]
-            y = y + registry.token_term(method, x, self.lora_token_indices, rows, y)
+            trained = self.lora_tokens[...]
+            y = y + registry.token_term(method, x, self.lora_token_indices, trained, y)
         return y
 
     def lora_reduce(self: Any) -> tuple:
@@ -85,6 +90,13 @@ def _call(method: str, own: Callable[..., Any]) -> Callable[..., Any]:
         return LoraLayer.lora_call(self, method, *args, **kwargs)
 
     return call
+
+
+def by_row(model: nnx.Module) -> None:
+    """Have each adapted layer take factors of each row's own; in place."""
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, LoraLayer):
+            module.lora_rows = True
 
 
 def set_class(module: nnx.Module, cls: type) -> None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jlora.paths import join
+from jlora.selection import Selection, gathered
 
 KEPT = "lora_kept_"
 """Before the name of an attribute that is trained as a whole: where its first values are kept."""
@@ -34,8 +35,9 @@ def partition(model: nnx.Module, everything: bool) -> tuple[dict[str, Any], NnxB
     return leaves, NnxBase(rest=rest, graphdef=graphdef, paths=paths)
 
 
-def combine(adapters: Mapping[str, Any], base: NnxBase) -> nnx.Module:
-    """A new model that holds the given leaves; no array is copied."""
+def combine(adapters: Mapping[str, Any] | Selection, base: NnxBase) -> nnx.Module:
+    """A new model that holds the given leaves; no array is copied, but those chosen of a bank's."""
+    adapters = gathered(adapters)
     flat = [(path, adapters[join(path)]) for path in base.paths]
     # copy: new Variables (not arrays), or NNX refuses to update a random stream under jax.grad.
     return nnx.merge(base.graphdef, nnx.from_flat_state(flat), base.rest, copy=True)
