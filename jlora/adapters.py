@@ -1,6 +1,7 @@
 """An adapter on disk, whichever form it has: a run, an Orbax checkpoint, or a PEFT directory."""
 
 import dataclasses
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,14 +10,26 @@ from typing import Any
 import jax
 import numpy as np
 
-from jlora import adapter, canonical, checkpoint, injection, paths, peft
+from jlora import adapter, canonical, checkpoint, fingerprint, injection, paths, peft
+from jlora.adapter import LORA_A, LORA_B
 from jlora.checkpoint import StoredAdapter
 from jlora.errors import JloraError
+from jlora.fingerprint import Fingerprint
 from jlora.targets import Plan
 
+_log = logging.getLogger("jlora")
 
-def load_adapter(path: str | Path | StoredAdapter, model: Any, *, params: Any = None) -> Any:
+def load_adapter(
+    path: str | Path | StoredAdapter,
+    model: Any,
+    *,
+    params: Any = None,
+    force: bool = False,
+    allow_zero: bool = False,
+) -> Any:
     """Put the adapter at `path` on `model`, in place, with every factor accounted for.
+
+    The norm of what it adds to the weights is logged, by the logger "jlora" at INFO.
 
     Args:
         path: a run of `jlora train`, what `save_adapter` wrote, or a PEFT directory; or what
@@ -24,21 +37,26 @@ def load_adapter(path: str | Path | StoredAdapter, model: Any, *, params: Any = 
         model: the base model, or one that was injected alike; of Linen, the injected module, for
             what was saved of one.
         params: the Linen module's tree of parameters.
+        force: load it though it was trained on another base, with a warning.
+        allow_zero: load it though it changes nothing, as before training.
 
     Returns:
         The same model, or a new tree. On a base model, dropout is off until model.train().
 
     Raises:
         JloraError: nothing readable at `path`; factors that the model has no place for, places
-            without a factor, shapes that differ (all at once); copies of base weights that are not
-            the model's. The model is then as it was.
+            without a factor, shapes that differ (all at once); a base that is not the one that it
+            was trained on, by class, shapes or values; an adapter that changes nothing. The model
+            is then as it was.
     """
-    return apply(read(path), model, params)
+    return apply(read(path), model, params, force=force, allow_zero=allow_zero)
 
 
-def import_peft(path: str | Path, model: Any) -> Any:
+def import_peft(
+    path: str | Path, model: Any, *, force: bool = False, allow_zero: bool = False
+) -> Any:
     """`load_adapter` for a PEFT directory only."""
-    return apply(peft.read_peft(path), model)
+    return apply(peft.read_peft(path), model, force=force, allow_zero=allow_zero)
 
 
 def read(path: str | Path | StoredAdapter) -> StoredAdapter:
@@ -83,13 +101,22 @@ def _checkpoints(run: Path) -> list[Path]:
     return [step for step in steps if step.name.isdigit() and checkpoint.is_adapter(step)]
 
 
-def apply(stored: StoredAdapter, model: Any, params: Any = None) -> Any:
+def apply(
+    stored: StoredAdapter,
+    model: Any,
+    params: Any = None,
+    *,
+    force: bool = False,
+    allow_zero: bool = False,
+) -> Any:
     """Put what was read on `model`; see `load_adapter`."""
     if isinstance(model, Mapping):
         raise JloraError(
             "a tree of parameters goes with its module: (path, module, ..., params=tree)"
         )
     trained, base = injection.partition(model if params is None else params)
+    check_base(stored, fingerprint.of(model, params), force=force)
+    leaves = injection.base_leaves(model if params is None else params)
     if params is not None:
         paths.check_same(
             {path: leaf.shape for path, leaf in injection.unboxed(trained).items()},
@@ -102,7 +129,33 @@ def apply(stored: StoredAdapter, model: Any, params: Any = None) -> Any:
                 f"the adapter in {stored.where} is not of a module injected like this one: "
                 f"{differs}; inject with the configuration that it was saved with"
             )
+        plan, _ = injection.planned(model, params)
+        report(stored, norms(stored, plan, {}, leaves), allow_zero=allow_zero)
         return injection.combine(injection.boxed_like(trained, stored.factors), base)
+    stored, plan = fitted(stored, model)
+    stacks = injection.stacks(model)
+    if not force:
+        _check_copies(stored, model, plan.targets)
+    if trained and not _injected_alike(model, trained, plan):
+        raise JloraError(
+            "the model was injected with other targets, ranks or scaling than the adapter in "
+            f"{stored.where} has; load it on a fresh model, or jlora.eject(model) first"
+        )
+    whole = {path: leaves[path] for path in plan.whole}
+    found = norms(stored, plan, stacks, canonical.unstack(whole, stacks))
+    report(stored, found, allow_zero=allow_zero)
+    if not trained:
+        injection.inject(model, stored.config, rngs=jax.random.key(0), training=False)
+    injection.update(model, canonical.restack(stored.factors, stacks, plan.ranks))
+    return model
+
+
+def fitted(stored: StoredAdapter, model: Any) -> tuple[StoredAdapter, Plan]:
+    """What was read as an NNX model (abstract or not) has it, and the plan that it follows.
+
+    Raises:
+        JloraError: it does not fit the model; all differences at once.
+    """
     try:
         plan = injection.plan(model, stored.config)
     except JloraError as error:
@@ -110,16 +163,68 @@ def apply(stored: StoredAdapter, model: Any, params: Any = None) -> Any:
     stacks = injection.stacks(model)
     stored = _refactored(stored, plan.layer_shapes(stacks))
     checkpoint.check_fits(stored, plan, stacks)
-    _check_base(stored, model, plan.targets)
-    if not trained:
-        injection.inject(model, stored.config, rngs=jax.random.key(0), training=False)
-    elif not _injected_alike(model, trained, plan):
+    return stored, plan
+
+
+def check_base(stored: StoredAdapter, now: Fingerprint, *, force: bool = False) -> None:
+    """Demand that the adapter was trained on this base; with `force`, warn where it was not.
+
+    Raises:
+        JloraError: it was trained on another; the message says what differs.
+    """
+    if not (differs := fingerprint.check(stored.base, now, stored.where)):
+        return
+    if not force:
+        remedy = "give that base; force=True (--force) uses the adapter on this one all the same"
+        raise JloraError("\n".join([*differs, remedy]))
+    _log.warning("%s", "\n".join(differs))
+
+
+def norms(
+    stored: StoredAdapter, plan: Plan, stacks: Mapping[str, int], base: Mapping[str, Any]
+) -> dict[str, float]:
+    """Canonical path of each weight that the adapter changes -> Frobenius norm of the change.
+
+    Args:
+        stored: fits the plan.
+        plan: of the model that it is for.
+        stacks: path of each stacked module -> number of its layers.
+        base: canonical path -> the base's value of each leaf that is trained as a whole.
+    """
+    rest, found = dict(stored.factors), {}
+    for target in plan.targets:
+        site = target.site
+        layers = zip(
+            *(canonical.layer_paths(p, stacks)
+              for p in (site.weight_path, site.leaf(LORA_A), site.leaf(LORA_B))),
+            strict=True,
+        )  # fmt: skip
+        for i, (path, a, b) in enumerate(layers):
+            if a in rest:  # else a layer of rank 0
+                scaling = target.layers[i][2] if target.layers else target.scaling
+                found[path] = adapter.delta_norm(site, rest.pop(a), rest.pop(b), scaling)
+    for path, value in rest.items():  # what is added; or, of NNX models, the new value
+        change = np.asarray(value, np.float64)
+        if path in base:
+            change = change - np.asarray(base[path], np.float64)
+        found[path] = math.sqrt((change**2).sum())
+    return found
+
+
+def report(stored: StoredAdapter, found: Mapping[str, float], *, allow_zero: bool = False) -> None:
+    """Log the norm of what an adapter changes, as `norms` found it.
+
+    Raises:
+        JloraError: it changes nothing.
+    """
+    total = math.hypot(*found.values())
+    if total == 0 and not allow_zero:
         raise JloraError(
-            "the model was injected with other targets, ranks or scaling than the adapter in "
-            f"{stored.where} has; load it on a fresh model, or jlora.eject(model) first"
+            f"the adapter in {stored.where} changes nothing: its norm is 0 in all of "
+            f"{len(found)} weights. Was it saved before training? allow_zero=True (--force) loads "
+            "it all the same"
         )
-    injection.update(model, canonical.restack(stored.factors, stacks, plan.ranks))
-    return model
+    _log.info("adapter %s: %d weights, |ΔW| = %.4g", stored.where, len(found), total)
 
 
 def _refactored(stored: StoredAdapter, shapes: Mapping[str, tuple[int, ...]]) -> StoredAdapter:
@@ -132,7 +237,7 @@ def _refactored(stored: StoredAdapter, shapes: Mapping[str, tuple[int, ...]]) ->
     return dataclasses.replace(stored, factors=factors)
 
 
-def _check_base(stored: StoredAdapter, model: Any, targets: Sequence[adapter.Target]) -> None:
+def _check_copies(stored: StoredAdapter, model: Any, targets: Sequence[adapter.Target]) -> None:
     """Demand that the copies of base weights that came with the adapter are the model's own.
 
     Raises:

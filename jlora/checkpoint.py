@@ -1,7 +1,8 @@
 """Adapters on disk as Orbax checkpoints, in one canonical form: per-layer paths, always.
 
 A checkpoint is a directory of two items: `adapters` (path -> factor) and `meta` (JSON: schema
-version, LoRA configuration). The checkpoints of a run hold the same two and more: both read alike.
+version, LoRA configuration, fingerprint of the base). The checkpoints of a run hold the same two
+and more: both read alike.
 """
 
 import dataclasses
@@ -14,8 +15,9 @@ import jax
 import orbax.checkpoint as ocp
 from jax import Array
 
-from jlora import canonical, config, conversion, injection, paths, targets
+from jlora import canonical, config, conversion, fingerprint, injection, paths, targets
 from jlora.errors import JloraError
+from jlora.fingerprint import Fingerprint
 
 SCHEMA_VERSION = 1
 
@@ -31,6 +33,8 @@ class StoredAdapter:
     """For messages."""
     base_weights: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Module's canonical path -> its base weight (out, in), where the file has a copy of it."""
+    base: Fingerprint | None = None
+    """Of what it was trained on, where the file says it."""
 
     def save(self, path: str | Path) -> None:
         """Write the adapter, as `save_adapter` does one of a model, to the new directory `path`.
@@ -46,7 +50,7 @@ class StoredAdapter:
                 path,
                 args=ocp.args.Composite(
                     adapters=ocp.args.StandardSave(self.factors),
-                    meta=ocp.args.JsonSave(lora_meta(self.config)),
+                    meta=ocp.args.JsonSave(lora_meta(self.config, self.base)),
                 ),
             )
 
@@ -84,10 +88,13 @@ def gather(model: Any, config: config.LoraConfig, params: Any = None) -> StoredA
     if params is not None:  # a Linen tree, whose paths have no other form
         if differs := injection.difference(model, params, config):
             raise JloraError(f"{differs}: pass the configuration that inject was given")
-        return StoredAdapter(config=config, factors=injection.unboxed(trained), where="the tree")
+        factors = injection.unboxed(trained)
+        base = fingerprint.of(model, params)
+        return StoredAdapter(config=config, factors=factors, where="the tree", base=base)
     stacks, plan = injection.stacks(model), injection.plan(model, config)
     factors = canonical.unstack(trained, stacks, plan.ranks)
-    stored = StoredAdapter(config=config, factors=factors, where="the model")
+    base = fingerprint.of(model)
+    stored = StoredAdapter(config=config, factors=factors, where="the model", base=base)
     check_fits(stored, plan, stacks)
     if injection.scalings(model) != {target.site.path: target.scaling for target in plan.targets}:
         raise JloraError(
@@ -98,9 +105,10 @@ def gather(model: Any, config: config.LoraConfig, params: Any = None) -> StoredA
     return stored
 
 
-def lora_meta(lora: config.LoraConfig) -> dict[str, Any]:
+def lora_meta(lora: config.LoraConfig, base: Fingerprint | None) -> dict[str, Any]:
     """What `meta` says of every adapter."""
-    return {"schema_version": SCHEMA_VERSION, "method": "lora", "lora": conversion.to_dict(lora)}
+    meta = {"schema_version": SCHEMA_VERSION, "method": "lora", "lora": conversion.to_dict(lora)}
+    return meta if base is None else meta | {"base": fingerprint.to_json(base)}
 
 
 def is_adapter(path: Path) -> bool:
@@ -130,7 +138,18 @@ def read_adapter(path: str | Path) -> StoredAdapter:
         config=conversion.from_dict(config.LoraConfig, read.meta["lora"], where=f"{path}/meta"),
         factors=read.adapters,
         where=str(path),
+        base=base_of(read.meta, path),
     )
+
+
+def base_of(meta: Mapping[str, Any], path: Path) -> Fingerprint | None:
+    """The base that `meta` names; adapters from before it did have none.
+
+    Raises:
+        JloraError: it is no fingerprint.
+    """
+    known = meta.get("base")
+    return None if known is None else fingerprint.from_json(known, where=f"{path}/meta")
 
 
 def restore_here(tree: Any = None) -> ocp.args.StandardRestore:

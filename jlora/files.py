@@ -1,15 +1,17 @@
 """Writing to disk so that what is there is the old whole or the new whole."""
 
+import json
+import math
 import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from jlora.errors import JloraError
 
@@ -58,12 +60,51 @@ def write_text(file: Path, text: str) -> None:
     os.replace(scratch.name, file)
 
 
-def save_tensors(tensors: Mapping[str, np.ndarray], file: Path) -> None:
-    """Write a safetensors file as torch's readers want it; `file` must not exist yet.
+# safetensors' name of a dtype -> NumPy's
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+DTYPES |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "BOOL": "bool"}
+DTYPES |= {f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)}
+DTYPES |= {f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)}
+
+
+def save_tensors(
+    tensors: Mapping[str, np.ndarray], file: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """`write_tensors` of whole arrays."""
+    layout = {name: (value.dtype, value.shape) for name, value in tensors.items()}
+    write_tensors(file, layout, lambda name: iter([tensors[name]]), metadata)
+
+
+def write_tensors(
+    file: Path,
+    layout: Mapping[str, tuple[Any, tuple[int, ...]]],
+    pieces: Callable[[str], Iterator[np.ndarray]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file as torch's readers want it, a piece of a tensor at a time.
 
     Args:
-        tensors: name -> contiguous array.
         file: within a directory that is not in place yet, since this is not atomic.
+        layout: name -> dtype and shape.
+        pieces: of a tensor's name, its rows in order, in any number of arrays of its dtype.
+        metadata: text that the file carries beside the tensors.
     """
-    save_file(dict(tensors), file, metadata={"format": "pt"})
-    file.chmod(0o644)  # the library makes files that their owner alone can read
+    # Wide ones first, so that each lies at a multiple of its own size.
+    names = sorted(layout, key=lambda name: (-np.dtype(layout[name][0]).itemsize, name))
+    codes = {name: code for code, name in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    end = 0
+    for name in names:
+        dtype, shape = layout[name]
+        start, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
+        place = {"dtype": codes[np.dtype(dtype).name], "shape": list(shape)}
+        header[name] = place | {"data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            for piece in pieces(name):
+                assert piece.dtype == layout[name][0], name
+                out.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
+        assert out.tell() == 8 + len(text) + end, file

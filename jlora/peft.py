@@ -16,17 +16,19 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from jlora import adapter, config, conversion, injection
+from jlora import adapter, config, conversion, fingerprint, injection
 from jlora.adapter import LORA_A, LORA_B, Site, Target
 from jlora.checkpoint import StoredAdapter, check_fits, gather
 from jlora.errors import JloraError
 from jlora.files import save_tensors
+from jlora.fingerprint import Fingerprint
 from jlora.targets import Plan
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 _PREFIX = "base_model.model."
 _SUFFIXES = {LORA_A: "lora_A.weight", LORA_B: "lora_B.weight"}
+_METADATA = "jlora"  # of the safetensors file: JSON that other programs pass over
 _BASE_WEIGHT = "base_layer.weight"  # PEFT saves it along for a targeted output projection
 
 # Settings of PEFT that change nothing in what an adapter computes.
@@ -102,9 +104,10 @@ def _write(
     tensors = {_key(n): _to_torch(n, np.asarray(leaf)) for n, leaf in stored.factors.items()}
     settings = _peft_config(stored.config, plan.targets, sites, base_model)
     path.mkdir(parents=True, exist_ok=True)
+    known = {} if stored.base is None else {"base": fingerprint.to_json(stored.base)}
     with tempfile.TemporaryDirectory(dir=path) as scratch:
         weights, text = Path(scratch, WEIGHTS_FILE), Path(scratch, CONFIG_FILE)
-        save_tensors(tensors, weights)
+        save_tensors(tensors, weights, {_METADATA: json.dumps(known)} if known else None)
         text.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         os.replace(weights, path / WEIGHTS_FILE)
         os.replace(text, path / CONFIG_FILE)
@@ -145,6 +148,7 @@ def read_peft(path: str | Path) -> StoredAdapter:
     try:
         with safe_open(file, framework="np") as tensors:
             found = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
+            known = (tensors.metadata() or {}).get(_METADATA)
     except (SafetensorError, OSError) as error:
         raise JloraError(
             f"{file} is truncated or no safetensors file ({error}); copy it again"
@@ -165,7 +169,18 @@ def read_peft(path: str | Path) -> StoredAdapter:
     if strangers:
         raise JloraError(f"{file} holds tensors that are no LoRA factors of linear layers: "
                          f"{', '.join(sorted(strangers)[:10])}")  # fmt: skip
-    return StoredAdapter(config=lora, factors=factors, where=str(path), base_weights=base_weights)
+    base = None if known is None else _read_base(known, f"{file}: its metadata")
+    return StoredAdapter(lora, factors, str(path), base_weights, base)
+
+
+def _read_base(text: str, where: str) -> Fingerprint | None:
+    try:
+        known = json.loads(text)
+    except ValueError:
+        known = None
+    if not isinstance(known, dict):
+        raise JloraError(f"{where} {_METADATA!r} is no JSON object; copy the adapter again")
+    return fingerprint.from_json(known["base"], where=where) if "base" in known else None
 
 
 def _key(name: str) -> str:

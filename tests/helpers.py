@@ -117,11 +117,11 @@ class Mlp(nnx.Module):
         def block(rngs: nnx.Rngs) -> nnx.Linear:
             return nnx.Linear(width, width, rngs=rngs)
 
+        keys = jax.random.split(rngs.params(), layers)  # the same weights in both layouts
         if stacked:
-            keys = jax.random.split(rngs.params(), layers)
             self.layers = nnx.vmap(block, in_axes=0)(nnx.Rngs(params=keys))
         else:
-            self.layers = nnx.List([block(rngs) for _ in range(layers)])
+            self.layers = nnx.List([block(nnx.Rngs(params=key)) for key in keys])
         self.lm_head = nnx.Linear(width, 5, rngs=rngs)
         self.stacked = stacked
 

@@ -33,11 +33,11 @@ class Encoder(nnx.Module):
     stacked_layers = ("layers",)
 
     def __init__(self, rngs: nnx.Rngs, *, stacked: bool):
+        keys = jax.random.split(rngs.params(), 3)
         if stacked:
-            keys = nnx.Rngs(params=jax.random.split(rngs.params(), 3))
-            self.layers = nnx.vmap(Block, in_axes=0)(keys)
+            self.layers = nnx.vmap(Block, in_axes=0)(nnx.Rngs(params=keys))
         else:
-            self.layers = nnx.List([Block(rngs) for _ in range(3)])
+            self.layers = nnx.List([Block(nnx.Rngs(params=key)) for key in keys])
 
 
 class Wrapped(nnx.Module):
@@ -64,7 +64,7 @@ def test_a_stack_in_a_module_of_its_own_has_the_unrolled_names(saved: bool, tmp_
     assert names[0] == names[1]
     assert names[0] == {"head", *(f"encoder/layers/{i}/lin" for i in range(3))}
     jlora.save_adapter(tmp_path / "a", jlora.inject(models[0], CONFIG, rngs=nnx.Rngs(1)), CONFIG)
-    jlora.load_adapter(tmp_path / "a", models[1])
+    jlora.load_adapter(tmp_path / "a", models[1], allow_zero=True)
     first, second = (checkpoint.gather(m, CONFIG).factors for m in models)
     assert first.keys() == second.keys()
     for name, factor in first.items():

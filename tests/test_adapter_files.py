@@ -175,7 +175,8 @@ class TestPeftFiles:
         exported(tmp_path, OTHER)
         original = factors(injected(OTHER))
         with safe_open(tmp_path / peft.WEIGHTS_FILE, framework="np") as file:
-            assert file.metadata() == {"format": "pt"}
+            assert file.metadata().keys() == {"format", "jlora"}
+            assert file.metadata()["format"] == "pt"
         tensors = load_file(tmp_path / peft.WEIGHTS_FILE)
         prefix = "base_model.model."
         assert {key: tensor.shape for key, tensor in tensors.items()} == {
@@ -220,6 +221,7 @@ class TestPeftFiles:
             rank_pattern={r"layers\.1\..*": 5},
             alpha_pattern={"v_proj": 3},
             layers_to_transform=(0, 1),
+            init_lora_weights=False,
         )
         model = jlora.inject(jlora.load(model_dir), config, rngs=nnx.Rngs(0))
         jlora.export_peft(tmp_path / "p", model, config)

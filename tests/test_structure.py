@@ -24,7 +24,7 @@ LAYERS = [
     "injection",
     "models models.attention models.transformer models.families models.tensors models.load",
     "models.gguf",
-    "fetch checkpoint updates norms peft adapters mixture combination description",
+    "fetch fingerprint checkpoint updates norms peft adapters mixture combination description",
     "comparison bank",
     "data data.records data.source data.chat data.batching",
     "generation prompts evaluate optim",

@@ -169,6 +169,13 @@ def partition(model: Any, *, everything: bool = False) -> tuple[dict[str, Any], 
     return nnx_tree.partition(_nnx(model), everything)
 
 
+def base_leaves(model: Any) -> dict[str, Any]:
+    """Path -> leaf of the base, as before training, of what `partition` takes."""
+    if isinstance(model, Mapping):
+        return params.base_leaves(model)
+    return nnx_tree.base_leaves(_nnx(model))
+
+
 def combine(adapters: Any, base: Any) -> Any:
     """The model or tree made of `adapters` and `base`, as `partition` gave them, without copies.
 

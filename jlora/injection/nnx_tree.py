@@ -35,6 +35,15 @@ def partition(model: nnx.Module, everything: bool) -> tuple[dict[str, Any], NnxB
     return leaves, NnxBase(rest=rest, graphdef=graphdef, paths=paths)
 
 
+def base_leaves(model: nnx.Module) -> dict[str, Any]:
+    """Path -> value of each parameter of the base, of trained ones the value that was kept."""
+    return {
+        join((*keys[:-1], str(keys[-1]).removeprefix(KEPT))): leaf.get_value()
+        for keys, leaf in variables(model, nnx.Param)
+        if not isinstance(leaf, nnx.LoRAParam)
+    }
+
+
 def combine(adapters: Mapping[str, Any] | Selection, base: NnxBase) -> nnx.Module:
     """A new model that holds the given leaves; no array is copied, but those chosen of a bank's."""
     adapters = gathered(adapters)

@@ -47,6 +47,14 @@ def partition(params: Any) -> tuple[dict[str, Any], LinenBase]:
     return trained, LinenBase(rest, tuple(flat), isinstance(params, FrozenDict))
 
 
+def base_leaves(params: Any) -> dict[str, Any]:
+    """Path -> leaf of the base, out of its box, the codes of quantised weights too."""
+    flat = flatten(params)
+    leaves = {path: leaf for path, leaf in flat.items() if not is_trained(path)}
+    is_box = lambda leaf: isinstance(leaf, meta.AxisMetadata)  # noqa: E731
+    return {p: jax.tree.map(meta.unbox, leaf, is_leaf=is_box) for p, leaf in leaves.items()}
+
+
 def combine(adapters: Mapping[str, Any], base: LinenBase | Mapping[str, Any]) -> Any:
     """The tree that `partition` split; or another tree of the same module with these adapters."""
     if not isinstance(base, LinenBase):

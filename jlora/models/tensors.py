@@ -12,6 +12,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jlora.errors import JloraError
+from jlora.files import DTYPES
 from jlora.quant import bitsandbytes
 from jlora.quant.array import QuantArray
 
@@ -44,18 +45,36 @@ class Tensors:
         self.quantised = {f"{mark[1]}weight" for mark in marks if mark}
         """Names of the weights that bitsandbytes quantised."""
 
-    def read(self, name: str) -> np.ndarray:
-        """A tensor as it lies on disk.
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """A tensor as it lies on disk, or some of its rows.
 
         Raises:
             JloraError: its file has become shorter, or its dtype is not known.
         """
         file, start, _, shape = self._of[name]
         dtype = jnp.dtype(self.dtype(name))
+        if shape:
+            first, last, _ = rows.indices(shape[0])
+            start += first * math.prod(shape[1:]) * dtype.itemsize
+            shape = (last - first, *shape[1:])
         array = np.fromfile(file, dtype, count=math.prod(shape), offset=start)
         if array.size != math.prod(shape):
             raise JloraError(f"{file} was cut short while it was read; fetch it again")
         return array.reshape(shape)
+
+    def view(self, name: str) -> np.ndarray:
+        """A tensor of which values are read as they are looked at, for where few are."""
+        file, start, _, shape = self._of[name]
+        return np.memmap(file, jnp.dtype(self.dtype(name)), "r", start, shape)
+
+    def files(self) -> dict[str, list[str]]:
+        """Name of each file -> those of its tensors, the parts of quantised weights left out."""
+        parts = {part for name in self.quantised for part in self._parts(name)}
+        found: dict[str, list[str]] = {}
+        for name, place in self._of.items():
+            if name not in parts:
+                found.setdefault(place.file.name, []).append(name)
+        return found
 
     def read_quantised(self, name: str, shape: tuple[int, int], dtype: Any) -> QuantArray:
         """A quantised weight (out, in), as that of a kernel (in, out).
@@ -79,24 +98,17 @@ class Tensors:
     def dtype(self, name: str) -> str:
         """The dtype of a tensor as NumPy calls it: "bfloat16"."""
         place = self._of[name]
-        if place.dtype not in _DTYPES:
+        if place.dtype not in DTYPES:
             raise JloraError(
-                f"{place.file}: {name} is {place.dtype}, and only {', '.join(_DTYPES)} are read"
+                f"{place.file}: {name} is {place.dtype}, and only {', '.join(DTYPES)} are read"
             )
-        return _DTYPES[place.dtype]
+        return DTYPES[place.dtype]
 
     def _parts(self, name: str) -> set[str]:
         """Names of what lies beside the codes of a quantised weight."""
         module = name.removesuffix("weight")
         beside = {f"{module}SCB", f"{module}weight_format"}
         return {n for n in self._of if n in beside or n.startswith(f"{name}.")}
-
-
-# safetensors' name of a dtype -> NumPy's
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_DTYPES |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "BOOL": "bool"}
-_DTYPES |= {f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)}
-_DTYPES |= {f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)}
 
 
 def _places(model_dir: Path) -> Iterator[tuple[str, _Place]]:

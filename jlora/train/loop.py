@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 from tqdm import tqdm
 
-from jlora import canonical, checkpoint, conversion, injection, optim, peft
+from jlora import canonical, checkpoint, conversion, fingerprint, injection, optim, peft
 from jlora.config import QuantConfig, TrainConfig
 from jlora.data import chat, source
 from jlora.data.batching import Batch, Batches
@@ -92,6 +92,7 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
     else:
         counts = (injection.count(model)[1],) * 2
     say(injection.summary_line(*counts))
+    trained_on = fingerprint.of(model) if adapts else None
     stacks = injection.stacks(model)
     trained, base = injection.partition(model, everything=settings.method == "full")
     del model  # the first step consumes its trained leaves
@@ -121,6 +122,9 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
         if meta["data"]["fingerprint"] != data_key:
             raise JloraError(f"--resume: the training rows of {settings.data} are not those that "
                              "the run began with; restore them, or start a new run")  # fmt: skip
+        known = checkpoint.base_of(meta, run.checkpoints)
+        if trained_on and (differs := fingerprint.check(known, trained_on, str(run.path))):
+            raise JloraError("\n".join([*differs, "restore that model, or start a new run"]))
         rows_seen = meta["data"]["rows_seen"]
         say(f"going on after step {int(state.step)} of {steps}")
     first = int(state.step)
@@ -133,7 +137,7 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
             "rows_seen": rows_seen,
             "fingerprint": data_key,
         }
-        kind = checkpoint.lora_meta(settings.lora) | {"method": settings.method}
+        kind = checkpoint.lora_meta(settings.lora, trained_on) | {"method": settings.method}
         return kind | {"step": step, "data": position, "train": conversion.to_dict(settings)}
 
     def read(done: Pending) -> None:

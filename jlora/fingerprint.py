@@ -1,0 +1,168 @@
+"""Which base an adapter was trained on: its class, its shapes, and a hash of some of each weight.
+
+The same for stacked and unrolled layers, float32 and bfloat16, before and after injection.
+"""
+
+import dataclasses
+import functools
+import math
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora import canonical, conversion, injection
+from jlora.config import QuantConfig
+from jlora.errors import JloraError
+from jlora.matching import dotted
+from jlora.quant.array import QuantArray
+
+_SAMPLES = 16  # values of a weight that are hashed
+_SHOWN = 3  # names of each kind in a message
+
+
+@dataclasses.dataclass(frozen=True)
+class Fingerprint:
+    """What is known of a base."""
+
+    architecture: str
+    """Name of the model's class."""
+    shapes: dict[str, tuple[int, ...]]
+    """Canonical path of each parameter -> its shape."""
+    hashes: dict[str, str]
+    """The same -> CRC-32 of evenly spaced values in bfloat16; weights in codes have none."""
+    quant: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """kind, block_size and double_quant of the weights in codes, where there are some."""
+
+    def differences(self, other: "Fingerprint") -> list[str]:
+        """What another base has otherwise, a line for each kind; hashes count where both have one.
+
+        Args:
+            other: the base that is there now.
+        """
+        lines = []
+        if self.architecture != other.architecture:
+            lines.append(f"architecture: {self.architecture} then, {other.architecture} now")
+        ours, theirs = self.shapes, other.shapes
+        both = ours.keys() & theirs.keys()
+        gone, new = ([p for p in a if p not in both] for a in (ours, theirs))
+        other_shape = [f"{p} {ours[p]} then, {theirs[p]} now"
+                       for p in ours if p in both and ours[p] != theirs[p]]  # fmt: skip
+        for what, found in (("absent now", gone), ("new", new), ("of another shape", other_shape)):
+            if found:
+                lines.append(f"{len(found)} parameters {what}: {_few(found)}")
+        alike = {p for p in both if ours[p] == theirs[p]}
+        hashed = [p for p in self.hashes if p in other.hashes and p in alike]
+        if changed := [p for p in hashed if self.hashes[p] != other.hashes[p]]:
+            lines.append(f"other values in {len(changed)} of {len(hashed)}: {_few(changed)}")
+        return lines
+
+    def quant_config(self) -> QuantConfig | None:
+        """How the base's weights were quantised, with the names of those that were."""
+        if not self.quant:
+            return None
+        codes = [path for path in self.shapes if path not in self.hashes]
+        names = tuple(dotted(path.rpartition("/")[0]) for path in codes)
+        values = self.quant | {"target_modules": names}
+        return conversion.from_dict(QuantConfig, values, where="the base's fingerprint")
+
+
+def of(model: Any, params: Any = None) -> Fingerprint:
+    """The fingerprint of a model's base, adapted or not; of an abstract model, without hashes.
+
+    One small gather for each parameter and one transfer; no parameter is copied.
+
+    Args:
+        model: an NNX model, or a Linen module.
+        params: the Linen module's tree of parameters.
+    """
+    stacks = injection.stacks(model) if params is None else {}
+    leaves = injection.base_leaves(model if params is None else params)
+    return of_leaves(_class(model).__name__, leaves, stacks)
+
+
+def of_leaves(
+    architecture: str, leaves: Mapping[str, Any], stacks: Mapping[str, int]
+) -> Fingerprint:
+    """The fingerprint of a model with these parameters.
+
+    Args:
+        architecture: name of its class.
+        leaves: path -> JAX, NumPy or QuantArray, or jax.ShapeDtypeStruct, in the model's shape.
+        stacks: path of each stacked module -> number of its layers.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    sampled: dict[str, Any] = {}
+    quant: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        layers = canonical.layer_paths(path, stacks)
+        stacked = layers != [path]
+        shapes |= dict.fromkeys(layers, tuple(leaf.shape[stacked:]))
+        if isinstance(leaf, QuantArray):
+            quant = {"kind": leaf.kind}
+            if leaf.kind != "int8":
+                quant["block_size"] = leaf.block_size
+                quant["double_quant"] = leaf.nested_codes is not None
+        elif isinstance(leaf, jax.Array):
+            sampled[path] = _sample_jit(leaf, stacked)
+        elif isinstance(leaf, np.ndarray):
+            sampled[path] = _sample(leaf, stacked)
+    hashes: dict[str, str] = {}
+    for path, values in jax.device_get(sampled).items():
+        layers = canonical.layer_paths(path, stacks)
+        rows = [values] if layers == [path] else values
+        for layer, row in zip(layers, rows, strict=True):
+            hashes[layer] = f"{zlib.crc32(np.ascontiguousarray(row).tobytes()):08x}"
+    return Fingerprint(architecture, shapes, hashes, quant)
+
+
+def check(known: Fingerprint | None, now: Fingerprint, where: str) -> list[str]:
+    """What to say of an adapter at `where` that was trained on another base; nothing if on this."""
+    differences = [] if known is None else known.differences(now)
+    title = f"the adapter in {where} was trained on another base than this:"
+    return [title, *(f"  {line}" for line in differences)] if differences else []
+
+
+def to_json(known: Fingerprint) -> dict[str, Any]:
+    """What is written of a base."""
+    return conversion.to_dict(known)
+
+
+def from_json(values: Any, *, where: str) -> Fingerprint:
+    """What `to_json` gave.
+
+    Raises:
+        JloraError: something else.
+    """
+    if not isinstance(values, Mapping):
+        raise JloraError(f"{where}: the base's fingerprint is no table; copy the adapter again")
+    return conversion.from_dict(Fingerprint, values, where=where)
+
+
+def _sample(leaf: Any, stacked: bool) -> Any:
+    """bfloat16 (samples,) of a leaf, or (layers, samples)."""
+    if leaf.ndim == stacked:
+        leaf = leaf[..., None]
+    shape = leaf.shape[stacked:]
+    size = math.prod(shape)
+    flat = np.linspace(0, size - 1, _SAMPLES if size else 0).round().astype(np.int64)
+    index = np.unravel_index(flat, shape) if size else (np.zeros(0, np.int64),) * len(shape)
+    return leaf[(slice(None),) * stacked + tuple(index)].astype(jnp.bfloat16)
+
+
+_sample_jit = functools.partial(jax.jit, static_argnums=1)(_sample)
+
+
+def _class(model: Any) -> type:
+    """The model's own class, below those that injection made of it."""
+    cls = type(model)
+    for name in ("lora_base", "plain_base", "quant_base"):
+        cls = getattr(cls, name, cls)
+    return cls
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
