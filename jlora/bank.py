@@ -57,24 +57,21 @@ class Bank:
     def __init__(self, model: Any, config: LoraConfig, *, capacity: int = 16):
         if capacity < 1:
             raise JloraError(f"capacity is {capacity}; a bank holds at least 1 adapter")
-        plan = injection.plan(model, config)
-        if other := [*plan.whole, *plan.tokens]:
-            raise JloraError(
-                f"a bank holds low-rank factors alone, not {', '.join(other[:SHOWN])}: leave bias, "
-                "modules_to_save and trainable_token_indices out of its configuration"
-            )
+        with warnings.catch_warnings(action="ignore"):  # a rank is what there is room for
+            plan = injection.plan(model, config)
+            if other := [*plan.whole, *plan.tokens]:
+                raise JloraError(
+                    f"a bank holds low-rank factors alone, not {', '.join(other[:SHOWN])}: leave "
+                    "bias, modules_to_save and trainable_token_indices out of its configuration"
+                )
+            self.rank = max(max(target.ranks) for target in plan.targets)
+            view, room = _view(model), _room((target.site for target in plan.targets), self.rank)
+            targets = injection.plan(model, room).targets
+            injection.inject(view, room, rngs=jax.random.key(0), training=False)
         self.capacity = capacity
         self.active: str | None = None
-        self.rank = max(max(target.ranks) for target in plan.targets)
         self._model = _view(model)
-        view, room = _view(model), _room((target.site for target in plan.targets), self.rank)
-        with warnings.catch_warnings(action="ignore"):  # rank is what there is room for
-            injection.inject(view, room, rngs=jax.random.key(0), training=False)
-        self._sites = {
-            target.site.leaf(name): target.site
-            for target in injection.plan(model, room).targets
-            for name in (LORA_A, LORA_B)
-        }
+        self._sites = {t.site.leaf(name): t.site for t in targets for name in (LORA_A, LORA_B)}
         leaves, self._base = injection.partition(view)
         by_row(view)
         _, self._base_by_row = injection.partition(view)
