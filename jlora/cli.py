@@ -4,11 +4,13 @@ import dataclasses
 import functools
 import itertools
 import json
+import logging
 import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ usage: jlora COMMAND [flags]        jlora COMMAND --help lists a command's flags
                                     answer prompts
   quantize --model DIR --to DIR     write a model with 4-bit or 8-bit weights, as bitsandbytes does
   export --run RUN --to DIR         write a run's newest checkpoint as a PEFT adapter
+  merge --model DIR --adapter A --to DIR
+                                    write the model with the adapter in its weights
   inspect --model DIR               show what the --lora flags adapt; with --model-config FILE, of a
                                     config.json without weights
 """
@@ -145,6 +149,14 @@ def export(settings: commands.ExportConfig) -> None:
     print(f"wrote {settings.to}")
 
 
+def merge(settings: commands.MergeConfig) -> None:
+    """Write a model directory with the adapter in its weights, and say what rounding cost."""
+    from jlora import merging
+
+    print(merging.merge(settings, quant=_quant_of(settings)))
+    print(f"wrote {settings.to}")
+
+
 def inspect(settings: commands.InspectConfig) -> None:
     """Print what would be trained: path, shape, rank, alpha and parameters; and PEFT's summary."""
     from jlora import injection
@@ -201,6 +213,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "generate": (commands.GenerateConfig, generate),
     "quantize": (commands.QuantizeConfig, quantize),
     "export": (commands.ExportConfig, export),
+    "merge": (commands.MergeConfig, merge),
     "inspect": (commands.InspectConfig, inspect),
 }
 
@@ -219,7 +232,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         settings = parse(name, arguments[1:])
         use_compilation_cache()
-        COMMANDS[name][1](settings)
+        with log_to_stderr():
+            COMMANDS[name][1](settings)
     except (JloraError, OSError) as error:  # an OSError names its file and what the system said
         print(f"jlora: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -285,7 +299,8 @@ def _load(settings: Any) -> tuple[Any, Any]:
     dtype = load.compute_dtype(settings.dtype)
     model = load.load(settings.model, dtype=dtype, quant=_quant_of(settings))
     if settings.adapter is not None:
-        adapters.load_adapter(settings.adapter, model)
+        force = settings.force
+        adapters.load_adapter(settings.adapter, model, force=force, allow_zero=force)
     return model, tokenizer
 
 
@@ -300,6 +315,21 @@ def _quant_of(settings: Any) -> config.QuantConfig | None:
     if used.get("method") != "qlora" or load.is_quantised(settings.model):
         return None
     return conversion.from_dict(config.QuantConfig, used["quant"], where=str(file))
+
+
+@contextmanager
+def log_to_stderr() -> Iterator[None]:
+    """Show what the library logs, such as the norm of an adapter."""
+    log, handler = logging.getLogger("jlora"), logging.StreamHandler(sys.stderr)
+    before = log.level, log.propagate
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False  # some library gives the root logger a handler too
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.level, log.propagate = before
 
 
 def use_compilation_cache() -> None:

@@ -25,7 +25,7 @@ LAYERS = [
     "models.gguf",
     "fetch fingerprint checkpoint peft adapters",
     "data data.records data.source data.chat data.batching",
-    "generation evaluate optim",
+    "generation evaluate optim verify merging",
     "train train.loss train.step train.checkpoint train.run train.measure train.loop",
     "cli",
 ]
