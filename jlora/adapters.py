@@ -19,6 +19,7 @@ from jlora.targets import Plan
 
 _log = logging.getLogger("jlora")
 
+
 def load_adapter(
     path: str | Path | StoredAdapter,
     model: Any,

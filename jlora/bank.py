@@ -85,12 +85,13 @@ class Bank:
         self._held: dict[str | None, int] = {None: capacity}
 
     @classmethod
-    def of(cls, model: Any, paths: Mapping[str, str | Path]) -> "Bank":
+    def of(cls, model: Any, paths: Mapping[str, str | Path], *, force: bool = False) -> "Bank":
         """A bank that has room for just these adapters, and holds them.
 
         Args:
             model: as for the class.
             paths: name -> what `jlora.load_adapter` reads.
+            force: as for `add`.
 
         Raises:
             JloraError: no adapters; what `add` raises.
@@ -107,7 +108,7 @@ class Bank:
             )
         bank = cls(model, _room((t.site for t in targets), rank), capacity=len(paths))
         for name, path in paths.items():
-            bank.add(name, path)
+            bank.add(name, path, force=force)
         return bank
 
     @property
@@ -115,7 +116,7 @@ class Bank:
         """Of the adapters, in the order in which they were added."""
         return tuple(name for name in self._held if name is not None)
 
-    def add(self, name: str, adapter: Any) -> None:
+    def add(self, name: str, adapter: Any, *, force: bool = False) -> None:
         """Put an adapter into a free slot.
 
         What `partition` gave before is used up: its arrays are written to in place.
@@ -124,6 +125,7 @@ class Bank:
             name: a new one.
             adapter: a path that `jlora.load_adapter` reads, what was read from one, or an injected
                 NNX model like the bank's, whose factors are copied.
+            force: also one that was trained on another base, or that changes nothing.
 
         Raises:
             JloraError: the name is taken, the bank is full, the adapter is not for this model or
@@ -137,7 +139,7 @@ class Bank:
                 f"the bank is full with {self.capacity} adapters: delete one of "
                 f"{', '.join(self.names[:SHOWN])}, or make a bank of more capacity"
             )
-        values = self._values(name, self._loaded(adapter))
+        values = self._values(name, self._loaded(adapter, force))
         slot = min(free)
         self._slots = _write(self._slots, values, np.int32(slot), axes=self._axes)
         self._held[name] = slot
@@ -229,12 +231,11 @@ class Bank:
         if name in self._held:
             raise JloraError(f"the bank holds an adapter {name!r} already: delete or rename it")
 
-    def _loaded(self, adapter: Any) -> Any:
+    def _loaded(self, adapter: Any, force: bool) -> Any:
         """The model with an adapter on it, in a view of its own."""
-        if isinstance(adapter, str | Path):
-            return adapters.load_adapter(adapter, _view(self._model))
-        if isinstance(adapter, StoredAdapter):
-            return adapters.apply(adapter, _view(self._model))
+        if isinstance(adapter, str | Path | StoredAdapter):
+            view = _view(self._model)
+            return adapters.load_adapter(adapter, view, force=force, allow_zero=force)
         return adapter
 
     def _values(self, name: str, model: Any) -> dict[str, np.ndarray]:

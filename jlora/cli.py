@@ -4,9 +4,11 @@ import dataclasses
 import functools
 import itertools
 import json
+import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,8 @@ usage: jlora COMMAND [flags]        jlora COMMAND --help lists a command's flags
                                     make one adapter of several
   diff A B                          compare two adapters; exits with 1 where they differ
   inspect ADAPTER                   show an adapter's settings, layers, norms and files
+  merge --model DIR --adapter A --to DIR
+                                    write the model with the adapter in its weights
   inspect --model DIR               show what the --lora flags adapt; with --model-config FILE, of a
                                     config.json without weights
 """
@@ -73,7 +77,7 @@ def evaluate(settings: commands.EvaluateConfig) -> None:
     paths = [] if settings.adapter is None else [settings.adapter]
     model, tokenizer = _load(settings, paths)
     for path in paths:
-        adapters.load_adapter(path, model)
+        adapters.load_adapter(path, model, force=settings.force, allow_zero=settings.force)
     examples, encoded = chat.encode_all(records, tokenizer, settings.max_length)
     batches = measure.evaluation_batches(examples, settings.batch_size)
     answers = evaluate.answers(
@@ -107,7 +111,7 @@ def generate(settings: commands.GenerateConfig) -> None:
         else prompts.ask(settings.prompt, list(paths))
     )
     model, tokenizer = _load(settings, paths.values())
-    model, names = prompts.adapt(model, paths, asked)
+    model, names = prompts.adapt(model, paths, asked, force=settings.force)
     answers = generate(
         model,
         [chat.encode_prompt(row.messages(settings.system), tokenizer) for row in asked],
@@ -180,6 +184,14 @@ def diff(settings: commands.DiffConfig) -> None:
     raise SystemExit(0 if found.same else 1)
 
 
+def merge(settings: commands.MergeConfig) -> None:
+    """Write a model directory with the adapter in its weights, and say what rounding cost."""
+    from jlora import merging
+
+    print(merging.merge(settings, quant=_quant_of(settings.model, [settings.adapter])))
+    print(f"wrote {settings.to}")
+
+
 def inspect(settings: commands.InspectConfig) -> None:
     """Print what an adapter is; or what would be trained, and PEFT's summary."""
     if settings.adapter is not None:
@@ -209,6 +221,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "export": (commands.ExportConfig, export),
     "combine": (commands.CombineConfig, combine),
     "diff": (commands.DiffConfig, diff),
+    "merge": (commands.MergeConfig, merge),
     "inspect": (commands.InspectConfig, inspect),
 }
 
@@ -230,7 +243,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         settings = parse(name, arguments[1:])
         use_compilation_cache()
-        COMMANDS[name][1](settings)
+        with log_to_stderr():
+            COMMANDS[name][1](settings)
     except (JloraError, OSError) as error:  # an OSError names its file and what the system said
         print(f"jlora: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -321,6 +335,21 @@ def _quant_of(model: Path, adapters: Iterable[Path]) -> config.QuantConfig | Non
             + "; use them one by one"
         )
     return next(iter(found), None)
+
+
+@contextmanager
+def log_to_stderr() -> Iterator[None]:
+    """Show what the library logs, such as the norm of an adapter."""
+    log, handler = logging.getLogger("jlora"), logging.StreamHandler(sys.stderr)
+    before = log.level, log.propagate
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False  # some library gives the root logger a handler too
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.level, log.propagate = before
 
 
 def use_compilation_cache() -> None:

@@ -41,6 +41,8 @@ class EvaluateConfig(Strict):
     """JSON, JSONL or Parquet file, a directory with a test split, or a hub name."""
     adapter: Path | None = None
     """A run, an Orbax adapter or a PEFT directory."""
+    force: bool = False
+    """Use an adapter that was trained on another base, or that changes nothing."""
     labels: tuple[str, ...] = ()
     """All the answers there can be; where not given, those in the data directory's labels.txt."""
     rows: int | None = None
@@ -69,6 +71,8 @@ class GenerateConfig(Strict):
     which only the first must be there; each row is printed with its "answer"."""
     adapter: UseAppendAction[tuple[tuple[str, ...], ...]] = ()
     """A run, an Orbax adapter or a PEFT directory; or several, NAME=DIR each, for --prompts."""
+    force: bool = False
+    """Use an adapter that was trained on another base, or that changes nothing."""
     system: str | None = None
     """System message before each prompt; None leaves it to the chat template."""
     max_new_tokens: int = 128
@@ -99,6 +103,34 @@ class ExportConfig(Strict):
     """Directory of the run."""
     to: Path
     """Directory to write; must not hold an adapter yet."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MergeConfig(Strict):
+    """Write a model directory with an adapter merged into its weights."""
+
+    model: Path
+    """Hugging Face model directory: the base."""
+    adapter: Path
+    """A run, an Orbax adapter or a PEFT directory."""
+    to: Path
+    """Directory to write."""
+    into: Literal["original", "dequantized"] | None = None
+    """Where the adapter was trained on quantised weights and the model holds the original ones:
+    into which."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the weights that are written; auto is that of each tensor as it is."""
+    verify: Path | None = None
+    """Compare logits with those of the adapted model on these prompts: a text file of one a line,
+    or chats."""
+    verify_bound: float | None = None
+    """The largest difference of logits that is let pass; by default what rounding can explain."""
+    force: bool = False
+    """Merge an adapter that was trained on another base, or that changes nothing."""
+
+    def __post_init__(self) -> None:
+        if self.verify_bound is not None and self.verify is None:
+            raise JloraError("verify_bound is for --verify FILE, which was not given")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora import canonical, conversion, injection
 from jlora.config import QuantConfig
@@ -150,7 +151,12 @@ def _sample(leaf: Any, stacked: bool) -> Any:
     size = math.prod(shape)
     flat = np.linspace(0, size - 1, _SAMPLES if size else 0).round().astype(np.int64)
     index = np.unravel_index(flat, shape) if size else (np.zeros(0, np.int64),) * len(shape)
-    return leaf[(slice(None),) * stacked + tuple(index)].astype(jnp.bfloat16)
+    where = (slice(None),) * stacked + tuple(index)
+    if isinstance(leaf, np.ndarray):
+        return leaf[where].astype(jnp.bfloat16)
+    mesh = jax.typeof(leaf).sharding.mesh  # one whose axes are explicit wants to be told
+    out = NamedSharding(mesh, PartitionSpec()) if mesh.explicit_axes else None
+    return leaf.at[where].get(out_sharding=out).astype(jnp.bfloat16)
 
 
 _sample_jit = functools.partial(jax.jit, static_argnums=1)(_sample)

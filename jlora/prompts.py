@@ -133,13 +133,16 @@ def _only(names: Sequence[str]) -> str | None:
 
 
 def adapt(
-    model: Any, paths: dict[str, Path], prompts: Sequence[Prompt]
+    model: Any, paths: dict[str, Path], prompts: Sequence[Prompt], *, force: bool = False
 ) -> tuple[Any, list[str | None] | None]:
-    """What `generate` takes: the model, or a bank over it and the name of each prompt's adapter."""
+    """What `generate` takes: the model, or a bank over it and the name of each prompt's adapter.
+
+    `force` uses adapters of other bases, and such as change nothing.
+    """
     if not paths:
         return model, None
     names = [prompt.adapter for prompt in prompts]
     if len(paths) == 1 and None not in names:  # on the model itself, where it may be of any kind
         (path,) = paths.values()
-        return adapters.load_adapter(path, model), None
-    return Bank.of(model, paths), names
+        return adapters.load_adapter(path, model, force=force, allow_zero=force), None
+    return Bank.of(model, paths, force=force), names

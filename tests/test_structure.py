@@ -27,7 +27,7 @@ LAYERS = [
     "fetch fingerprint checkpoint updates norms peft adapters mixture combination description",
     "comparison bank",
     "data data.records data.source data.chat data.batching",
-    "generation prompts evaluate optim",
+    "generation prompts evaluate optim verify merging",
     "train train.loss train.step train.checkpoint train.run train.measure train.loop",
     "cli",
 ]

@@ -58,9 +58,9 @@ def load(
     model = abstract(model_dir, dtype=dtype, scan_layers=scan_layers, remat=remat)
     stacks = injection.stacks(model)
     tensors = Tensors(model_dir)
-    packed = _mark(model, tensors, quant)
+    packed = mark(model, tensors, quant)
     leaves, base = injection.partition(model, everything=True)
-    _check(model_dir, leaves, stacks, tensors, model.config.tie_word_embeddings)
+    check(model_dir, leaves, stacks, tensors, model.config.tie_word_embeddings)
     loaded = {
         path: _read_packed(path, leaf, stacks, tensors, quant)
         if path in packed
@@ -83,8 +83,12 @@ def _demand_plain(tensors: Tensors) -> None:
         )
 
 
-def _mark(model: CausalLM, tensors: Tensors, quant: QuantConfig | None) -> set[str]:
-    """Have the layers whose weights are or will be quantised say so; the paths of these weights."""
+def mark(model: CausalLM, tensors: Tensors, quant: QuantConfig | None) -> set[str]:
+    """Have the layers whose weights are or will be quantised say so; the paths of these weights.
+
+    Raises:
+        JloraError: what is quantised is no linear layer's weight; what cannot be, or is already.
+    """
     if quant is not None:
         _demand_plain(tensors)
     known = {f"{dotted(name)}.weight" for site in injection.sites(model) for name in site.names}
@@ -162,21 +166,34 @@ def save(model: CausalLM, to: Path, *, source: Path) -> None:
             array = np.asarray(leaf)
             tensors[name] = np.ascontiguousarray(array.T if transposed else array)
     with new_directory(to) as scratch:
-        for file in source.iterdir():
-            other = file.name.startswith("model.safetensors") or file.name == "jlora_source.json"
-            if file.is_file() and file.suffix in _COPIED and not other:
-                shutil.copy(file, scratch)
-        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-        before = config.pop("quantization_config", None)  # the model may be merged by now
+        quantised = None  # the model may be merged by now
         if packed:
             sites = [site for site in injection.sites(model) if site.kind == "linear"]
             linear = {f"{dotted(name)}.weight" for site in sites for name in site.names}
-            config["quantization_config"] = families.quantization_config(
+            quantised = families.quantization_config(
                 packed, skipped=linear, dtype=jnp.dtype(model.dtype).name
             )
-        if packed or before:
-            write_text(scratch / "config.json", json.dumps(config, indent=2) + "\n")
+        copy_beside(source, scratch, quantization_config=quantised)
         save_tensors(tensors, scratch / "model.safetensors")
+
+
+def copy_beside(source: Path, to: Path, **changes: Any) -> None:
+    """Copy what belongs to a model beside its weights: tokenizer, template, configurations.
+
+    Args:
+        source: its directory.
+        to: another.
+        **changes: keys of config.json that have other values there; None leaves a key out.
+    """
+    for file in source.iterdir():
+        other = file.name.startswith("model.safetensors") or file.name == "jlora_source.json"
+        if file.is_file() and file.suffix in _COPIED and not other:
+            shutil.copy(file, to)
+    before = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config = {key: value for key, value in before.items() if key not in changes}
+    config |= {key: value for key, value in changes.items() if value is not None}
+    if config != before:
+        write_text(to / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def quantize(model_dir: Path, to: Path, quant: QuantConfig) -> None:
@@ -203,9 +220,14 @@ def quantize(model_dir: Path, to: Path, quant: QuantConfig) -> None:
     save(model, to, source=model_dir)
 
 
-def _check(
+def check(
     model_dir: Path, leaves: dict[str, Any], stacks: dict[str, int], tensors: Tensors, tied: bool
 ) -> None:
+    """Demand each weight of the model, in its shape, and no other.
+
+    Raises:
+        JloraError: all differences at once.
+    """
     expected = {}
     for path, shape in _layer_shapes(leaves, stacks):
         name, transposed = families.hf_name(path)

@@ -20,6 +20,10 @@ from jlora.quant.array import QuantArray
 _RECOMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
+INDEX = "model.safetensors.index.json"
+"""Says which file each tensor of a checkpoint of several is in."""
+
+
 class _Place(NamedTuple):
     """Where a tensor lies."""
 
@@ -113,7 +117,7 @@ class Tensors:
 
 def _places(model_dir: Path) -> Iterator[tuple[str, _Place]]:
     """(name, place) for every tensor of the checkpoint."""
-    index = model_dir / "model.safetensors.index.json"
+    index = model_dir / INDEX
     names = ["model.safetensors"]
     if index.is_file():
         try:

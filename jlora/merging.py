@@ -1,0 +1,314 @@
+"""An adapter into the weights of a Hugging Face directory: few rows at a time, from file to file.
+
+Each weight is added to in float32 and rounded once. What that rounds away is measured against what
+training saw, for which weights that were quantised in training are quantised again.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jlora import adapter, adapters, fingerprint, injection, verify
+from jlora.adapter import LORA_A, LORA_B, LORA_TOKENS
+from jlora.checkpoint import StoredAdapter
+from jlora.commands import MergeConfig
+from jlora.config import QuantConfig
+from jlora.data import chat
+from jlora.errors import JloraError
+from jlora.files import demand_free, new_directory, write_tensors, write_text
+from jlora.models import families, load
+from jlora.models.tensors import INDEX, Tensors
+from jlora.quant.array import QuantArray
+from jlora.quant.quantize import quantize_rows
+from jlora.targets import Plan
+
+_BLOCK = 2**22  # values of a weight that are held in float32
+
+
+@dataclasses.dataclass
+class Merged:
+    """What was merged, and what rounding made of it. `str` says it in lines."""
+
+    into: str
+    """"original" or "dequantized": the weights that were added to."""
+    changed: int = 0
+    """How many weights the adapter changes."""
+    delta: float = 0
+    """Frobenius norm of the change."""
+    weights: float = 0
+    """That of the weights that it changes."""
+    errors: dict[str, float] = dataclasses.field(default_factory=dict)
+    """For each choice of `into` that there was: norm of what was (or would be) written less what
+    training saw, over all weights that are adapted or quantised."""
+    verified: verify.Verified | None = None
+
+    def __str__(self) -> str:
+        share = f" ({self.delta / self.weights:.2%} of |W|)" if self.weights else ""
+        lines = [f"merged {self.changed} weights: |ΔW| = {self.delta:.4g}{share}"]
+        for into, error in self.errors.items():
+            share = f" ({error / self.delta:.2%} of |ΔW|)" if self.delta else ""
+            kind = f"into the {into} weights" if len(self.errors) > 1 else "rounding"
+            written = ", as written" if len(self.errors) > 1 and into == self.into else ""
+            lines.append(f"{kind}: off by {error:.4g}{share} from what training saw{written}")
+        return "\n".join(lines if self.verified is None else [*lines, str(self.verified)])
+
+
+def merge(settings: MergeConfig, *, quant: QuantConfig | None = None) -> Merged:
+    """Write a model directory with the adapter in its weights: shards and names as they were.
+
+    At most a few blocks of rows are in memory, and a quantised weight's codes.
+
+    Args:
+        settings: from where to where; into which weights, where there is a choice.
+        quant: how the base was quantised in training, of an adapter that does not say so itself.
+
+    Raises:
+        JloraError: an adapter that is of another base, or does not fit, or changes nothing; no
+            choice of weights where there are two; logits that differ by more than the bound.
+            Nothing is left behind then.
+    """
+    demand_free(settings.to)  # before the work
+    model_dir = settings.model
+    tensors = Tensors(model_dir)
+    stored = adapters.read(settings.adapter)
+    if stored.base is not None:
+        quant = stored.base.quant_config()
+    if tensors.quantised:
+        quant = None
+    into = _choose(settings, bool(tensors.quantised), quant)
+    model = load.abstract(model_dir)
+    leaves, _ = injection.partition(model, everything=True)
+    tied = model.config.tie_word_embeddings
+    load.check(model_dir, leaves, {}, tensors, tied)
+    places = {}
+    for path, leaf in leaves.items():
+        name, transposed = families.hf_name(path)
+        shape = tuple(reversed(leaf.shape)) if transposed else leaf.shape
+        places[name] = _Place(path, transposed, shape)
+    base = {
+        place.path: leaves[place.path] if name in tensors.quantised else _view(tensors, name, place)
+        for name, place in places.items()
+    }
+    here = fingerprint.of_leaves(type(model).__name__, base, {})
+    adapters.check_base(stored, here, force=settings.force)
+    packed = load.mark(model, tensors, quant)
+    stored, plan = adapters.fitted(stored, model)
+    found = adapters.norms(stored, plan, {}, {path: base[path] for path in plan.whole})
+    adapters.report(stored, found, allow_zero=settings.force)
+    if tied and "lm_head.weight" in tensors.shapes():  # a copy, which is to stay one
+        places["lm_head.weight"] = places["model.embed_tokens.weight"]
+    weights = _Weights(settings, tensors, places, stored, plan, packed, quant, into)
+    prompts = None
+    if settings.verify is not None:
+        tokenizer = chat.load_tokenizer(model_dir, model.config.vocab_size)
+        prompts = verify.read_prompts(settings.verify, tokenizer)
+    with new_directory(settings.to) as stage:
+        changes: dict[str, Any] = {"quantization_config": None}
+        if settings.dtype != "auto":
+            changes |= {"dtype": None, "torch_dtype": settings.dtype}
+        load.copy_beside(model_dir, stage, **changes)
+        _write(stage, tensors, weights, indexed=(model_dir / INDEX).is_file())
+        merged = Merged(into, len(found), math.hypot(*found.values()), *weights.measured())
+        if prompts is not None:
+            seen = quant if into == "dequantized" else None
+            merged.verified = verify.compare(
+                lambda: load.load(model_dir, quant=seen),
+                stored,
+                stage,
+                prompts,
+                eps=weights.eps,
+                bound=settings.verify_bound,
+                force=settings.force,
+            )
+    return merged
+
+
+class _Place(NamedTuple):
+    """Where a tensor is in the model."""
+
+    path: str
+    transposed: bool
+    shape: tuple[int, ...]
+    """On disk."""
+
+
+def _view(tensors: Tensors, name: str, place: _Place) -> np.ndarray:
+    """A leaf of the model as it lies on disk, of which few values will be read."""
+    view = tensors.view(name)
+    return view.T if place.transposed else view
+
+
+def _choose(settings: MergeConfig, quantised: bool, quant: QuantConfig | None) -> str:
+    """Into which weights to merge.
+
+    Raises:
+        JloraError: they are not there, or were not chosen though there are two.
+    """
+    into = settings.into
+    if quantised and into == "original":
+        raise JloraError(
+            f"--into original: the weights in {settings.model} are quantised, and the original "
+            "ones are not there; give the directory that they were quantised from as --model"
+        )
+    if quantised:
+        return "dequantized"
+    if quant is None and into == "dequantized":
+        raise JloraError(
+            "--into dequantized: the adapter was trained on weights that were not quantised, and "
+            f"neither are those in {settings.model}; leave it out"
+        )
+    if quant is not None and into is None:
+        raise JloraError(
+            f"the adapter was trained on weights quantised to {quant.kind}, and "
+            f"{settings.model} holds the original ones: say which to merge into. --into "
+            "dequantized is what training saw, so that the merged model answers as the adapted one "
+            "did. --into original keeps the weights from before they were quantised, for which "
+            "the adapter was not trained. The error of each is printed"
+        )
+    return into or "original"
+
+
+def _write(stage: Path, tensors: Tensors, weights: "_Weights", *, indexed: bool) -> None:
+    """Write the shards, and their index where there was one."""
+    where: dict[str, str] = {}
+    size = 0
+    for file, names in tensors.files().items():
+        layout = {name: (weights.dtype(name), weights.shape(name)) for name in names}
+        write_tensors(stage / file, layout, weights.pieces)
+        where |= dict.fromkeys(names, file)
+        size += sum(math.prod(shape) * dtype.itemsize for dtype, shape in layout.values())
+    if indexed:
+        index = {"metadata": {"total_size": size}, "weight_map": where}
+        write_text(stage / INDEX, json.dumps(index, indent=2) + "\n")
+
+
+class _Weights:
+    """The merged tensors of a directory, and sums of squares of what was read and rounded."""
+
+    def __init__(
+        self,
+        settings: MergeConfig,
+        tensors: Tensors,
+        places: Mapping[str, _Place],
+        stored: StoredAdapter,
+        plan: Plan,
+        packed: set[str],
+        quant: QuantConfig | None,
+        into: str,
+    ):
+        self.settings, self.tensors, self.places = settings, tensors, places
+        self.factors, self.plan = stored.factors, plan
+        self.packed, self.quant, self.into = packed, quant, into
+        self.targets = {target.site.weight_path: target for target in plan.targets}
+        self.tokens = {f"{path}/embedding": path for path in plan.tokens}
+        self.eps = 0.0
+        """Of the coarsest dtype that a changed weight was rounded to."""
+        self.read = 0.0
+        self.errors = dict.fromkeys(("dequantized", "original") if quant else (into,), 0.0)
+
+    def measured(self) -> tuple[float, dict[str, float]]:
+        """|W| of what the adapter changes, and the errors."""
+        return math.sqrt(self.read), {name: math.sqrt(x) for name, x in self.errors.items()}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape that a tensor is written in."""
+        place = self.places.get(name)
+        return self.tensors.view(name).shape if place is None else place.shape
+
+    def dtype(self, name: str) -> Any:
+        """The dtype that a tensor is written in: its own unless another was asked for."""
+        like = "model.embed_tokens.weight" if name in self.tensors.quantised else name
+        own = jnp.dtype(self.tensors.dtype(like))
+        given = self.settings.dtype
+        return jnp.dtype(given) if given != "auto" and jnp.issubdtype(own, jnp.floating) else own
+
+    def pieces(self, name: str) -> Iterator[np.ndarray]:
+        """The rows of a tensor as they are written, in order."""
+        dtype, shape = self.dtype(name), self.shape(name)
+        path, transposed, _ = self.places.get(name, _Place("", False, shape))
+        adapted = path in {*self.targets, *self.factors, *self.tokens}
+        q = self._quantised(name, path)
+        for rows in _blocks(shape):
+            if not adapted and q is None:
+                yield self.tensors.read(name, rows).astype(dtype, copy=False)
+                continue
+            base = {}
+            if name not in self.tensors.quantised:
+                base["original"] = self.tensors.read(name, rows).astype(np.float32)
+            if q is not None:
+                base["dequantized"] = _dequantized(q, rows)
+            seen = "original" if q is None else "dequantized"
+            self.read += _squares(base[seen]) if adapted else 0
+            values = {into: self._changed(w, path, rows, transposed) for into, w in base.items()}
+            written = {into: value.astype(dtype) for into, value in values.items()}
+            for into in self.errors:
+                value = written[into if into in base else seen]
+                self.errors[into] += _squares(value.astype(np.float32) - values[seen])
+            self.eps = max(self.eps, float(jnp.finfo(dtype).eps))
+            yield written[self.into if self.into in base else seen]
+
+    def _quantised(self, name: str, path: str) -> QuantArray | None:
+        """The codes of a weight that is quantised, or was in training."""
+        if path not in self.packed:
+            return None
+        if self.quant is None:
+            out, size = self.shape(name)
+            q = self.tensors.read_quantised(name, (out, size), np.float32)
+        else:
+            q = quantize_rows(
+                self.tensors.read(name),
+                kind=self.quant.kind,
+                block_size=self.quant.block_size,
+                double_quant=self.quant.double_quant,
+                path=name,
+            )
+        nothing: Any = dict.fromkeys(("nested_codes", "nested_absmax", "offset"))
+        return dataclasses.replace(q, absmax=np.asarray(q.scales()), **nothing)
+
+    def _changed(self, weight: np.ndarray, path: str, rows: slice, transposed: bool) -> np.ndarray:
+        """Some rows of a weight, float32, with what the adapter makes of them."""
+        if path in self.factors:  # trained as a whole
+            value = np.asarray(self.factors[path], np.float32)
+            return (value.T if transposed else value)[rows]
+        if target := self.targets.get(path):
+            a, b = (self.factors[target.site.leaf(factor)] for factor in (LORA_A, LORA_B))
+            if transposed:
+                b = b[:, rows]
+                shape = (target.site.shape[0], len(weight))
+            else:
+                a = a[:, rows]
+                shape = (len(weight), target.site.shape[1])
+            site = dataclasses.replace(target.site, shape=shape)
+            delta = np.asarray(adapter.delta_weight(site, a, b, target.scaling))
+            weight = weight + (delta.T if transposed else delta)
+        if parent := self.tokens.get(path):
+            added = np.asarray(self.factors[f"{parent}/{LORA_TOKENS}"], np.float32)
+            weight = weight.copy()
+            for row, more in zip(self.plan.tokens[parent], added, strict=True):
+                if rows.start <= row < rows.stop:
+                    weight[row - rows.start] += more
+        return weight
+
+
+def _blocks(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Rows that together are all of an array, few enough at a time."""
+    count = shape[0] if shape else 1
+    step = max(1, _BLOCK // max(1, math.prod(shape[1:])))
+    return (slice(i, min(i + step, count)) for i in range(0, count, step))
+
+
+def _dequantized(q: QuantArray, rows: slice) -> np.ndarray:
+    """float32 rows (out) of the checkpoint's weight (out, in)."""
+    size = (rows.stop - rows.start,)
+    own: Any = {"codes": q.codes[..., rows], "absmax": q.absmax[..., rows], "out_shape": size}
+    return np.asarray(dataclasses.replace(q, **own).dequantize(jnp.float32)).T
+
+
+def _squares(x: Any) -> float:
+    return float(np.square(x, dtype=np.float32).sum(dtype=np.float64))
