@@ -22,6 +22,7 @@ from jlora.canonical import layer_path
 
 LORA_A, LORA_B = "lora_a", "lora_b"
 LORA_TOKENS = "lora_tokens"  # trained rows of an embedding: what is added to the base's
+LORA_ADDED = "lora_added_"  # before the name of a leaf of a Linen base: what is added to it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Site:
     kind: Literal["linear", "embedding", "convolution", "other"] = "linear"
     """Whether the weight is multiplied, its rows are looked up, it slides over the input, or is
     used in a way for which W + scaling * A B has to be formed."""
+    peculiar: str = ""
+    """Why PEFT's layer of this kind has another update than ours, where it does."""
 
     @property
     def in_shape(self) -> tuple[int, ...]:

@@ -1,15 +1,12 @@
 """An adapter on disk, whichever form it has: a run, an Orbax checkpoint, or a PEFT directory."""
 
-import dataclasses
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
-from jlora import adapter, canonical, checkpoint, injection, paths, peft
+from jlora import canonical, checkpoint, injection, paths, peft
 from jlora.checkpoint import StoredAdapter
 from jlora.errors import JloraError
 from jlora.targets import Plan
@@ -35,9 +32,9 @@ def load_adapter(path: str | Path, model: Any, *, params: Any = None) -> Any:
     return apply(read(path), model, params)
 
 
-def import_peft(path: str | Path, model: Any) -> Any:
-    """`load_adapter` for a PEFT directory only."""
-    return apply(peft.read_peft(path), model)
+def import_peft(path: str | Path, model: Any, *, params: Any = None) -> Any:
+    """`load_adapter` for a PEFT directory only, or one with a single adapter in a subdirectory."""
+    return apply(peft.read_peft(path), model, params)
 
 
 def read(path: str | Path) -> StoredAdapter:
@@ -49,10 +46,8 @@ def read(path: str | Path) -> StoredAdapter:
     path = Path(path)
     if checkpoint.is_adapter(path):
         return checkpoint.read_adapter(path)
-    if (path / peft.CONFIG_FILE).is_file():
-        return peft.read_peft(path)
-    if (path / "adapter" / peft.CONFIG_FILE).is_file():  # a finished run
-        return peft.read_peft(path / "adapter")
+    if (found := peft.locate(path)) is not None:  # of a finished run, that in its adapter/
+        return peft.read_peft(found)
     if (path / "model" / "config.json").is_file():
         raise JloraError(f"{path} trained all weights and has no adapter: use --model {path}/model")
     if _checkpoints(path):  # a run that goes on, or was stopped
@@ -87,6 +82,7 @@ def apply(stored: StoredAdapter, model: Any, params: Any = None) -> Any:
             "a tree of parameters goes with its module: (path, module, ..., params=tree)"
         )
     trained, base = injection.partition(model if params is None else params)
+    stored = peft.fit(stored, model, params)
     if params is not None:
         paths.check_same(
             {path: leaf.shape for path, leaf in injection.unboxed(trained).items()},
@@ -105,9 +101,7 @@ def apply(stored: StoredAdapter, model: Any, params: Any = None) -> Any:
     except JloraError as error:
         raise JloraError(f"the adapter in {stored.where} is not for this model: {error}") from None
     stacks = injection.stacks(model)
-    stored = _refactored(stored, plan.layer_shapes(stacks))
     checkpoint.check_fits(stored, plan, stacks)
-    _check_base(stored, model, plan.targets)
     if not trained:
         injection.inject(model, stored.config, rngs=jax.random.key(0), training=False)
     elif not _injected_alike(model, trained, plan):
@@ -117,49 +111,6 @@ def apply(stored: StoredAdapter, model: Any, params: Any = None) -> Any:
         )
     injection.update(model, canonical.restack(stored.factors, stacks, plan.ranks))
     return model
-
-
-def _refactored(stored: StoredAdapter, shapes: Mapping[str, tuple[int, ...]]) -> StoredAdapter:
-    """With the axes of factored weights, which the PEFT format has as one."""
-    factors = {}
-    for path, leaf in stored.factors.items():
-        shape = shapes.get(path, leaf.shape)
-        flat = leaf.shape == (shape[0], math.prod(shape[1:]))
-        factors[path] = leaf.reshape(shape) if flat else leaf
-    return dataclasses.replace(stored, factors=factors)
-
-
-def _check_base(stored: StoredAdapter, model: Any, targets: Sequence[adapter.Target]) -> None:
-    """Demand that the copies of base weights that came with the adapter are the model's own.
-
-    Raises:
-        JloraError: some differ; all are named.
-    """
-    if not stored.base_weights:
-        return
-    leaves, _ = injection.partition(model, everything=True)
-    differing = []
-    for target in targets:
-        site = target.site
-        copies = {n: stored.base_weights[n] for n in site.names if n in stored.base_weights}
-        if not copies:
-            continue
-        path = f"{site.path}/{site.weight}"
-        weights = canonical.unstack({path: leaves[path]}, injection.stacks(model))
-        for name, copy in copies.items():
-            weight = np.asarray(weights[f"{name}/{site.weight}"])
-            rows = weight.reshape(math.prod(site.in_shape), -1).T
-            # Either side may have rounded what both were loaded from.
-            if not (
-                np.array_equal(rows, copy.astype(rows.dtype))
-                or np.array_equal(rows.astype(copy.dtype), copy)
-            ):
-                differing.append(name)
-    if differing:
-        raise JloraError(
-            f"the adapter in {stored.where} comes with base weights of {', '.join(differing)} that "
-            "are not this model's: it was trained on another model, or resized or trained its own"
-        )
 
 
 def _injected_alike(model: Any, trained: Mapping[str, Any], plan: Plan) -> bool:

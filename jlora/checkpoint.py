@@ -29,8 +29,9 @@ class StoredAdapter:
     """Canonical path -> array: lora_a (r, *in), lora_b (r, *out)."""
     where: str
     """For messages."""
-    base_weights: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Module's canonical path -> its base weight (out, in), where the file has a copy of it."""
+    tensors: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Of a PEFT directory: all that its file holds, by the names and in the axes that it has there.
+    `factors` are then the low-rank ones alone; only with a model is it known what all are."""
 
 
 def save_adapter(

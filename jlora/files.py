@@ -58,12 +58,15 @@ def write_text(file: Path, text: str) -> None:
     os.replace(scratch.name, file)
 
 
-def save_tensors(tensors: Mapping[str, np.ndarray], file: Path) -> None:
+def save_tensors(
+    tensors: Mapping[str, np.ndarray], file: Path, metadata: Mapping[str, str] | None = None
+) -> None:
     """Write a safetensors file as torch's readers want it; `file` must not exist yet.
 
     Args:
         tensors: name -> contiguous array.
         file: within a directory that is not in place yet, since this is not atomic.
+        metadata: more for the file's header.
     """
-    save_file(dict(tensors), file, metadata={"format": "pt"})
+    save_file(dict(tensors), file, metadata={"format": "pt", **(metadata or {})})
     file.chmod(0o644)  # the library makes files that their owner alone can read
