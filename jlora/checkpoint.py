@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from jax import Array
 
@@ -48,15 +50,34 @@ def save_adapter(
     Raises:
         JloraError: `path` exists; the model holds no adapters, or others than `config` says.
     """
-    path = Path(path).absolute()
+    demand_new(Path(path))
+    write_adapter(path, gather(model, config, params))
+
+
+def demand_new(path: Path) -> None:
+    """Demand that nothing is at `path`.
+
+    Raises:
+        JloraError: something is.
+    """
     if path.exists():
         raise JloraError(f"{path} exists already; save to a new directory")
-    factors = gather(model, config, params).factors
+
+
+def write_adapter(path: str | Path, stored: StoredAdapter) -> None:
+    """`save_adapter` for an adapter that fits a model, as `gather` and `peft.fit` return it.
+
+    Raises:
+        JloraError: `path` exists.
+    """
+    path = Path(path).absolute()
+    demand_new(path)
+    meta = lora_meta(stored.config)
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         checkpointer.save(
             path,
             args=ocp.args.Composite(
-                adapters=ocp.args.StandardSave(factors), meta=ocp.args.JsonSave(lora_meta(config))
+                adapters=ocp.args.StandardSave(stored.factors), meta=ocp.args.JsonSave(meta)
             ),
         )
 
@@ -119,6 +140,7 @@ def read_adapter(path: str | Path) -> StoredAdapter:
     check_schema(read.meta, path)
     if read.meta["method"] == "full":
         raise JloraError(f"{path} holds all weights of a model, not an adapter")
+    check_finite(read.adapters, path)
     return StoredAdapter(
         config=conversion.from_dict(config.LoraConfig, read.meta["lora"], where=f"{path}/meta"),
         factors=read.adapters,
@@ -162,6 +184,21 @@ def check_fits(stored: StoredAdapter, plan: targets.Plan, stacks: Mapping[str, i
         what=f"the adapter in {stored.where}",
         remedy="it was trained on another model, or its configuration was edited",
     )
+
+
+def check_finite(leaves: Mapping[str, Any], where: Path) -> None:
+    """Demand that all leaves are floats, and finite.
+
+    Raises:
+        JloraError: some are not; they are named.
+    """
+    if strange := [n for n, leaf in leaves.items() if not jnp.issubdtype(leaf.dtype, jnp.floating)]:
+        raise JloraError(f"{where}: no floats: {', '.join(sorted(strange)[:10])}; save it again")
+    if bad := [n for n, leaf in leaves.items() if not np.isfinite(leaf).all()]:
+        raise JloraError(
+            f"{where}: not finite: {', '.join(sorted(bad)[:10])}; the training diverged or the "
+            "file is damaged: use an earlier checkpoint"
+        )
 
 
 def check_schema(meta: dict[str, Any], path: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jlora import injection, paths
-from jlora.checkpoint import StoredAdapter
+from jlora.checkpoint import StoredAdapter, check_finite
 from jlora.errors import JloraError
 from jlora.peft import config as peft_config
 from jlora.peft.config import CONFIG_FILE
@@ -92,11 +92,7 @@ def _read(file: Path) -> dict[str, np.ndarray]:
         raise JloraError(
             f"{file} is truncated or no safetensors file ({error}); copy it again"
         ) from None
-    if bad := [key for key, tensor in tensors.items() if not np.isfinite(tensor).all()]:
-        raise JloraError(
-            f"{file}: not finite: {', '.join(sorted(bad)[:10])}; the training diverged or the file "
-            "is damaged: use an earlier checkpoint"
-        )
+    check_finite(tensors, file)
     return tensors
 
 
@@ -221,7 +217,8 @@ def _check_copies(stored: StoredAdapter, known: Table, weights: Weights) -> None
     changed = []
     for key in known.copies.keys() & stored.tensors.keys() - {e.key for e in known.entries}:
         entry, copy = known.copies[key], stored.tensors[key]
-        if copy.shape != entry.shape or not _same(weights(entry.leaf), entry, copy):
+        weight = weights(entry.leaf)
+        if copy.shape != entry.shape or not (weight is None or _same(weight, entry, copy)):
             changed.append(key.removeprefix(PREFIX).rpartition(".")[0].rpartition(".")[0])
     if changed:
         raise JloraError(

@@ -13,6 +13,7 @@ from jlora import adapter, canonical, injection
 from jlora.adapter import LORA_A, LORA_ADDED, LORA_B, LORA_TOKENS, Site
 from jlora.errors import JloraError
 from jlora.injection.nnx_tree import KEPT
+from jlora.quant.array import QuantArray
 from jlora.targets import Plan
 
 PREFIX = "base_model.model."
@@ -24,8 +25,9 @@ FACTORS = {
 }
 _TOKENS = "token_adapter.trainable_tokens_delta"
 
-Weights = Callable[[str], np.ndarray]
-"""Canonical path of a leaf of the base -> the leaf, one layer's where layers are stacked."""
+Weights = Callable[[str], np.ndarray | None]
+"""Canonical path of a leaf of the base -> the leaf, one layer's where layers are stacked; None of
+one that is quantised."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +70,9 @@ class Entry:
 
     def _replaced(self, weights: Weights) -> np.ndarray:
         assert self.base is not None
-        whole = weights(self.base).astype(np.float32)
+        whole = weights(self.base)
+        assert whole is not None, self.base  # what is quantised is not trained
+        whole = whole.astype(np.float32)
         return whole if self.rows is None else whole[list(self.rows)]
 
 
@@ -208,7 +212,7 @@ def base_weights(model: Any, params: Any = None) -> tuple[list[str], Weights]:
     else:
         leaves, stacks = injection.unboxed(injection.partition(params)[1].rest), {}
 
-    def read(path: str) -> np.ndarray:
+    def read(path: str) -> np.ndarray | None:
         parent, _, name = path.rpartition("/")
         kept = f"{parent}/{KEPT}{name}".lstrip("/")  # the base's own, where another is trained
         for wanted, (found, leaf) in itertools.product((kept, path), leaves.items()):
@@ -220,6 +224,8 @@ def base_weights(model: Any, params: Any = None) -> tuple[list[str], Weights]:
                     f"{path}: the base's own values are needed, which the adapter changes or has a "
                     "copy of, and this model has shapes alone: give it with its weights"
                 )
+            if isinstance(leaf, QuantArray):
+                return None
             return np.asarray(leaf if layers == [found] else leaf[layers.index(wanted)])
         raise JloraError(f"the model has no parameter {path}")
 

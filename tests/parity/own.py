@@ -1,4 +1,4 @@
-"""A model of a user in NNX, Linen and torch, with the same names: layers that no family here has."""
+"""A model of a user in NNX, Linen and torch, with like names: layers that no family here has."""
 
 from typing import Any
 
