@@ -16,13 +16,13 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
 from jlora.canonical import layer_path
 
 LORA_A, LORA_B = "lora_a", "lora_b"
 LORA_TOKENS = "lora_tokens"  # trained rows of an embedding: what is added to the base's
+LORA_ADDED = "lora_added_"  # before the name of a leaf of a Linen base: what is added to it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +49,8 @@ class Site:
     kind: Literal["linear", "embedding", "convolution", "other"] = "linear"
     """Whether the weight is multiplied, its rows are looked up, it slides over the input, or is
     used in a way for which W + scaling * A B has to be formed."""
+    peculiar: str = ""
+    """Why PEFT's layer of this kind has another update than ours, where it does."""
 
     @property
     def in_shape(self) -> tuple[int, ...]:
@@ -271,26 +273,6 @@ def delta_weight(
     product = jnp.einsum(f"{a},{b}->{letters}", a32, b32, precision=lax.Precision.HIGHEST)
     scaling = jnp.asarray(scaling, jnp.float32)
     return product * scaling.reshape(scaling.shape + (1,) * (product.ndim - scaling.ndim))
-
-
-def delta_norm(site: Site, lora_a: Any, lora_b: Any, scaling: float | tuple[float, ...]) -> float:
-    """Frobenius norm of `delta_weight`, by way of r x r matrices, in float64 on the host.
-
-    Args:
-        site: whose axes the factors have; they may be those of one of its layers.
-        lora_a: (*batch, r, *in).
-        lora_b: (*batch, r, *out).
-        scaling: a number, or one for each stacked layer.
-    """
-    batch = lora_a.ndim - 1 - len(site.contracting)
-    grams = []
-    for factor in (lora_a, lora_b):
-        rows = np.asarray(factor, np.float64).reshape(*factor.shape[: batch + 1], -1)
-        grams.append(rows @ rows.swapaxes(-1, -2))
-    squares = (grams[0] * grams[1]).sum((-1, -2))
-    scales = np.asarray(scaling, np.float64)
-    squares = squares * scales.reshape(scales.shape + (1,) * (squares.ndim - scales.ndim)) ** 2
-    return math.sqrt(max(squares.sum(), 0))
 
 
 def split_equation(equation: str) -> tuple[list[str], list[str], list[str]]:

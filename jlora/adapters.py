@@ -3,19 +3,20 @@
 import dataclasses
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from jlora import adapter, canonical, checkpoint, fingerprint, injection, paths, peft
-from jlora.adapter import LORA_A, LORA_B
+from jlora import canonical, checkpoint, fingerprint, injection, paths, peft
 from jlora.checkpoint import StoredAdapter
 from jlora.errors import JloraError
 from jlora.fingerprint import Fingerprint
+from jlora.norms import delta_norms
 from jlora.targets import Plan
+from jlora.updates import others
 
 _log = logging.getLogger("jlora")
 
@@ -54,10 +55,15 @@ def load_adapter(
 
 
 def import_peft(
-    path: str | Path, model: Any, *, force: bool = False, allow_zero: bool = False
+    path: str | Path,
+    model: Any,
+    *,
+    params: Any = None,
+    force: bool = False,
+    allow_zero: bool = False,
 ) -> Any:
-    """`load_adapter` for a PEFT directory only."""
-    return apply(peft.read_peft(path), model, force=force, allow_zero=allow_zero)
+    """`load_adapter` for a PEFT directory only, or one with a single adapter in a subdirectory."""
+    return apply(peft.read_peft(path), model, params, force=force, allow_zero=allow_zero)
 
 
 def read(path: str | Path | StoredAdapter) -> StoredAdapter:
@@ -71,10 +77,8 @@ def read(path: str | Path | StoredAdapter) -> StoredAdapter:
     path = Path(path)
     if checkpoint.is_adapter(path):
         return checkpoint.read_adapter(path)
-    if (path / peft.CONFIG_FILE).is_file():
-        return peft.read_peft(path)
-    if (path / "adapter" / peft.CONFIG_FILE).is_file():  # a finished run
-        return peft.read_peft(path / "adapter")
+    if (found := peft.locate(path)) is not None:  # of a finished run, that in its adapter/
+        return peft.read_peft(found)
     if (path / "model" / "config.json").is_file():
         raise JloraError(f"{path} trained all weights and has no adapter: use --model {path}/model")
     if _checkpoints(path):  # a run that goes on, or was stopped
@@ -119,6 +123,7 @@ def apply(
     check_base(stored, fingerprint.of(model, params), force=force)
     leaves = injection.base_leaves(model if params is None else params)
     if params is not None:
+        stored = peft.fit(stored, model, params, force=force)
         paths.check_same(
             {path: leaf.shape for path, leaf in injection.unboxed(trained).items()},
             {path: tuple(leaf.shape) for path, leaf in stored.factors.items()},
@@ -130,33 +135,34 @@ def apply(
                 f"the adapter in {stored.where} is not of a module injected like this one: "
                 f"{differs}; inject with the configuration that it was saved with"
             )
-        plan, _ = injection.planned(model, params)
-        report(stored, norms(stored, plan, {}, leaves), allow_zero=allow_zero)
+        report(stored, norms(stored, leaves), allow_zero=allow_zero)
         return injection.combine(injection.boxed_like(trained, stored.factors), base)
-    stored, plan = fitted(stored, model)
+    stored, plan = fitted(stored, model, force=force)
     stacks = injection.stacks(model)
-    if not force:
-        _check_copies(stored, model, plan.targets)
     if trained and not _injected_alike(model, trained, plan):
         raise JloraError(
             "the model was injected with other targets, ranks or scaling than the adapter in "
             f"{stored.where} has; load it on a fresh model, or jlora.eject(model) first"
         )
     whole = {path: leaves[path] for path in plan.whole}
-    found = norms(stored, plan, stacks, canonical.unstack(whole, stacks))
-    report(stored, found, allow_zero=allow_zero)
+    report(stored, norms(stored, canonical.unstack(whole, stacks)), allow_zero=allow_zero)
     if not trained:
         injection.inject(model, stored.config, rngs=jax.random.key(0), training=False)
     injection.update(model, canonical.restack(stored.factors, stacks, plan.ranks))
     return model
 
 
-def fitted(stored: StoredAdapter, model: Any) -> tuple[StoredAdapter, Plan]:
+def fitted(
+    stored: StoredAdapter, model: Any, *, weights: peft.Weights | None = None, force: bool = False
+) -> tuple[StoredAdapter, Plan]:
     """What was read as an NNX model (abstract or not) has it, and the plan that it follows.
+
+    `weights` and `force` are those of `peft.fit`.
 
     Raises:
         JloraError: it does not fit the model; all differences at once.
     """
+    stored = peft.fit(stored, model, weights=weights, force=force)
     try:
         plan = injection.plan(model, stored.config)
     except JloraError as error:
@@ -165,6 +171,16 @@ def fitted(stored: StoredAdapter, model: Any) -> tuple[StoredAdapter, Plan]:
     stored = _refactored(stored, plan.layer_shapes(stacks))
     checkpoint.check_fits(stored, plan, stacks)
     return stored, plan
+
+
+def _refactored(stored: StoredAdapter, shapes: Mapping[str, tuple[int, ...]]) -> StoredAdapter:
+    """With the axes of factored weights, which a combination of PEFT directories has as one."""
+    factors = {}
+    for path, leaf in stored.factors.items():
+        shape = shapes.get(path, leaf.shape)
+        flat = leaf.shape == (shape[0], math.prod(shape[1:]))
+        factors[path] = leaf.reshape(shape) if flat else leaf
+    return dataclasses.replace(stored, factors=factors)
 
 
 def check_base(stored: StoredAdapter, now: Fingerprint, *, force: bool = False) -> None:
@@ -181,30 +197,16 @@ def check_base(stored: StoredAdapter, now: Fingerprint, *, force: bool = False) 
     _log.warning("%s", "\n".join(differs))
 
 
-def norms(
-    stored: StoredAdapter, plan: Plan, stacks: Mapping[str, int], base: Mapping[str, Any]
-) -> dict[str, float]:
-    """Canonical path of each weight that the adapter changes -> Frobenius norm of the change.
+def norms(stored: StoredAdapter, base: Mapping[str, Any]) -> dict[str, float]:
+    """Canonical path of each module and leaf that the adapter changes -> norm of the change.
 
     Args:
-        stored: fits the plan.
-        plan: of the model that it is for.
-        stacks: path of each stacked module -> number of its layers.
-        base: canonical path -> the base's value of each leaf that is trained as a whole.
+        stored: fits a model.
+        base: canonical path -> the base's value of each leaf that is trained as a whole; of a
+            Linen tree, where what is added is what is stored, nothing.
     """
-    rest, found = dict(stored.factors), {}
-    for target in plan.targets:
-        site = target.site
-        layers = zip(
-            *(canonical.layer_paths(p, stacks)
-              for p in (site.weight_path, site.leaf(LORA_A), site.leaf(LORA_B))),
-            strict=True,
-        )  # fmt: skip
-        for i, (path, a, b) in enumerate(layers):
-            if a in rest:  # else a layer of rank 0
-                scaling = target.layers[i][2] if target.layers else target.scaling
-                found[path] = adapter.delta_norm(site, rest.pop(a), rest.pop(b), scaling)
-    for path, value in rest.items():  # what is added; or, of NNX models, the new value
+    found = delta_norms(stored)
+    for path, value in others(stored).items():
         change = np.asarray(value, np.float64)
         if path in base:
             change = change - np.asarray(base[path], np.float64)
@@ -226,49 +228,6 @@ def report(stored: StoredAdapter, found: Mapping[str, float], *, allow_zero: boo
             "it all the same"
         )
     _log.info("adapter %s: %d weights, |ΔW| = %.4g", stored.where, len(found), total)
-
-
-def _refactored(stored: StoredAdapter, shapes: Mapping[str, tuple[int, ...]]) -> StoredAdapter:
-    """With the axes of factored weights, which the PEFT format has as one."""
-    factors = {}
-    for path, leaf in stored.factors.items():
-        shape = shapes.get(path, leaf.shape)
-        flat = leaf.shape == (shape[0], math.prod(shape[1:]))
-        factors[path] = leaf.reshape(shape) if flat else leaf
-    return dataclasses.replace(stored, factors=factors)
-
-
-def _check_copies(stored: StoredAdapter, model: Any, targets: Sequence[adapter.Target]) -> None:
-    """Demand that the copies of base weights that came with the adapter are the model's own.
-
-    Raises:
-        JloraError: some differ; all are named.
-    """
-    if not stored.base_weights:
-        return
-    leaves, _ = injection.partition(model, everything=True)
-    differing = []
-    for target in targets:
-        site = target.site
-        copies = {n: stored.base_weights[n] for n in site.names if n in stored.base_weights}
-        if not copies:
-            continue
-        path = f"{site.path}/{site.weight}"
-        weights = canonical.unstack({path: leaves[path]}, injection.stacks(model))
-        for name, copy in copies.items():
-            weight = np.asarray(weights[f"{name}/{site.weight}"])
-            rows = weight.reshape(math.prod(site.in_shape), -1).T
-            # Either side may have rounded what both were loaded from.
-            if not (
-                np.array_equal(rows, copy.astype(rows.dtype))
-                or np.array_equal(rows.astype(copy.dtype), copy)
-            ):
-                differing.append(name)
-    if differing:
-        raise JloraError(
-            f"the adapter in {stored.where} comes with base weights of {', '.join(differing)} that "
-            "are not this model's: it was trained on another model, or resized or trained its own"
-        )
 
 
 def _injected_alike(model: Any, trained: Mapping[str, Any], plan: Plan) -> bool:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from jax import Array
 
@@ -31,8 +33,9 @@ class StoredAdapter:
     """Canonical path -> array: lora_a (r, *in), lora_b (r, *out)."""
     where: str
     """For messages."""
-    base_weights: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Module's canonical path -> its base weight (out, in), where the file has a copy of it."""
+    tensors: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Of a PEFT directory: all that its file holds, by the names and in the axes that it has there.
+    `factors` are then the low-rank ones alone; only with a model is it known what all are."""
     base: Fingerprint | None = None
     """Of what it was trained on, where the file says it."""
 
@@ -43,8 +46,7 @@ class StoredAdapter:
             JloraError: `path` exists.
         """
         path = Path(path).absolute()
-        if path.exists():
-            raise JloraError(f"{path} exists already; save to a new directory")
+        demand_new(path)
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             checkpointer.save(
                 path,
@@ -69,7 +71,18 @@ def save_adapter(
     Raises:
         JloraError: `path` exists; the model holds no adapters, or others than `config` says.
     """
+    demand_new(Path(path))  # before the work
     gather(model, config, params).save(path)
+
+
+def demand_new(path: Path) -> None:
+    """Demand that nothing is at `path`.
+
+    Raises:
+        JloraError: something is.
+    """
+    if path.exists():
+        raise JloraError(f"{path} exists already; save to a new directory")
 
 
 def gather(model: Any, config: config.LoraConfig, params: Any = None) -> StoredAdapter:
@@ -134,6 +147,7 @@ def read_adapter(path: str | Path) -> StoredAdapter:
     check_schema(read.meta, path)
     if read.meta["method"] == "full":
         raise JloraError(f"{path} holds all weights of a model, not an adapter")
+    check_finite(read.adapters, path)
     return StoredAdapter(
         config=conversion.from_dict(config.LoraConfig, read.meta["lora"], where=f"{path}/meta"),
         factors=read.adapters,
@@ -188,6 +202,21 @@ def check_fits(stored: StoredAdapter, plan: targets.Plan, stacks: Mapping[str, i
         what=f"the adapter in {stored.where}",
         remedy="it was trained on another model, or its configuration was edited",
     )
+
+
+def check_finite(leaves: Mapping[str, Any], where: Path) -> None:
+    """Demand that all leaves are floats, and finite.
+
+    Raises:
+        JloraError: some are not; they are named.
+    """
+    if strange := [n for n, leaf in leaves.items() if not jnp.issubdtype(leaf.dtype, jnp.floating)]:
+        raise JloraError(f"{where}: no floats: {', '.join(sorted(strange)[:10])}; save it again")
+    if bad := [n for n, leaf in leaves.items() if not np.isfinite(leaf).all()]:
+        raise JloraError(
+            f"{where}: not finite: {', '.join(sorted(bad)[:10])}; the training diverged or the "
+            "file is damaged: use an earlier checkpoint"
+        )
 
 
 def check_schema(meta: dict[str, Any], path: Path) -> None:

@@ -27,7 +27,10 @@ usage: jlora COMMAND [flags]        jlora COMMAND --help lists a command's flags
                                     answer prompts; with --prompts FILE and --adapter NAME=DIR …,
                                     those of a file, each with its adapter
   quantize --model DIR --to DIR     write a model with 4-bit or 8-bit weights, as bitsandbytes does
-  export --run RUN --to DIR         write a run's newest checkpoint as a PEFT adapter
+  export --run RUN --to DIR         write a run's newest checkpoint as a PEFT adapter; with --target
+                                    vllm, one that its server takes
+  import --model DIR --adapter PEFT_DIR --to DIR
+                                    check a PEFT adapter against a model, and write it as ours
   combine --adapters A B --weights 0.5 0.5 --to DIR
                                     make one adapter of several
   diff A B                          compare two adapters; exits with 1 where they differ
@@ -145,8 +148,9 @@ def _weights_size(path: Path) -> int:
 
 def export(settings: commands.ExportConfig) -> None:
     """Write a PEFT directory from a run's newest checkpoint."""
-    from jlora import adapters, peft
+    from jlora import adapters, injection, peft
     from jlora.models import load
+    from jlora.peft import vllm
     from jlora.train.run import Run
 
     if (settings.to / peft.CONFIG_FILE).exists():
@@ -154,8 +158,25 @@ def export(settings: commands.ExportConfig) -> None:
     run = Run(settings.run)
     stored = adapters.read_newest_checkpoint(settings.run)
     used = conversion.read_toml(run.config_file)
-    peft.write_peft(settings.to, load.abstract(used["model"]), stored, base_model=used["model"])
-    print(f"wrote {settings.to}")
+    base = used["model"]
+    model, weights = load.abstract(base), load.weights_of(base)
+    said = f"wrote {settings.to}"
+    if settings.target == "vllm":
+        rank = vllm.max_lora_rank(stored.config, injection.plan(model, stored.config))
+        said += f"; its server needs --max-lora-rank {rank} (the default is {vllm.DEFAULT_RANK})"
+    peft.write_peft(settings.to, model, stored, base_model=base, weights=weights)
+    print(said)
+
+
+def import_adapter(settings: commands.ImportConfig) -> None:
+    """Write a PEFT adapter, checked against a model, as an adapter checkpoint."""
+    from jlora import peft
+    from jlora.models import load
+
+    model, weights = load.abstract(settings.model), load.weights_of(settings.model)
+    stored = peft.fit(peft.read_peft(settings.adapter), model, weights=weights)
+    stored.save(settings.to)
+    print(f"wrote {settings.to}: {len(stored.factors)} tensors, all that the model has a place for")
 
 
 def combine(settings: commands.CombineConfig) -> None:
@@ -222,6 +243,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "combine": (commands.CombineConfig, combine),
     "diff": (commands.DiffConfig, diff),
     "merge": (commands.MergeConfig, merge),
+    "import": (commands.ImportConfig, import_adapter),
     "inspect": (commands.InspectConfig, inspect),
 }
 

@@ -20,6 +20,7 @@ from jlora.checkpoint import StoredAdapter
 from jlora.config import CombinationType, LoraConfig
 from jlora.errors import JloraError, nearest
 from jlora.matching import dotted
+from jlora.peft import is_copy
 from jlora.updates import Update, others, updates
 
 COMBINATION_TYPES: tuple[str, ...] = get_args(CombinationType)
@@ -111,7 +112,8 @@ def combine_adapters(
         config=_config(read, each, ranks),
         factors=factors,
         where=f"{combination_type} of {', '.join(stored.where for stored in read)}",
-        base_weights={k: v for stored in read for k, v in stored.base_weights.items()},
+        tensors={},
+        base=next((stored.base for stored in read if stored.base is not None), None),
     )
 
 
@@ -188,10 +190,16 @@ def _check_alike(
                 problems.append(
                     f"{name}: ranks {other.r} and {update.r} in {where} and {stored.where}"
                 )
-        for name, copy in stored.base_weights.items():
+        for name, copy in stored.tensors.items():
             known, where = copies.setdefault(name, (copy, stored.where))
-            if not np.array_equal(known, copy):
+            if is_copy(name) and not np.array_equal(known, copy):
                 problems.append(f"{name}: the base weights in {where} and {stored.where} differ")
+    bases = [(stored.base, stored.where) for stored in read if stored.base is not None]
+    for base, where in bases[1:]:
+        if differs := bases[0][0].differences(base):
+            problems.append(
+                f"{bases[0][1]} and {where} were trained on other bases: {'; '.join(differs)}"
+            )
     if problems:
         unequal = any(": ranks " in problem for problem in problems)
         raise JloraError(

@@ -103,6 +103,21 @@ class ExportConfig(Strict):
     """Directory of the run."""
     to: Path
     """Directory to write; must not hold an adapter yet."""
+    target: Literal["peft", "vllm"] = "peft"
+    """Who is to read it. vllm: refuse what its server would not load or would compute otherwise,
+    and say which --max-lora-rank it needs."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImportConfig(Strict):
+    """Check a PEFT adapter against a model, and write it as an adapter checkpoint."""
+
+    model: Path
+    """Hugging Face model directory."""
+    adapter: Path
+    """PEFT directory, or one with a single adapter in a subdirectory."""
+    to: Path
+    """Directory to write; must not exist yet."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

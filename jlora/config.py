@@ -119,7 +119,7 @@ class LoraConfig(Strict):
     trainable_token_indices: tuple[int, ...] | dict[str, tuple[int, ...]] | None = None
     """Rows of the embedding that are trained: of the only one, or of those named."""
     task_type: str = "CAUSAL_LM"
-    """Copied into the exported adapter_config.json."""
+    """Copied into the exported adapter_config.json; "" is PEFT's null, for models of your own."""
 
     def __post_init__(self) -> None:
         for name in _TUPLES:

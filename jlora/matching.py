@@ -155,7 +155,7 @@ class Choice:
     def _compile(self, field: str, pattern: str) -> re.Pattern | None:
         try:
             return re.compile(pattern)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             self.problems.append(f"{field}: {pattern!r} is no regular expression: {error}")
             return None
 

@@ -98,8 +98,9 @@ def merge(settings: MergeConfig, *, quant: QuantConfig | None = None) -> Merged:
     here = fingerprint.of_leaves(type(model).__name__, base, {})
     adapters.check_base(stored, here, force=settings.force)
     packed = load.mark(model, tensors, quant)
-    stored, plan = adapters.fitted(stored, model)
-    found = adapters.norms(stored, plan, {}, {path: base[path] for path in plan.whole})
+    read = load.weights_of(model_dir)
+    stored, plan = adapters.fitted(stored, model, weights=read, force=settings.force)
+    found = adapters.norms(stored, {path: base[path] for path in plan.whole})
     adapters.report(stored, found, allow_zero=settings.force)
     if tied and "lm_head.weight" in tensors.shapes():  # a copy, which is to stay one
         places["lm_head.weight"] = places["model.embed_tokens.weight"]

@@ -9,6 +9,7 @@ from jlora.adapter import LORA_A, LORA_B
 from jlora.checkpoint import StoredAdapter
 from jlora.errors import JloraError
 from jlora.matching import Choice, dotted
+from jlora.peft import is_copy, is_factor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,8 +104,12 @@ def updates(stored: StoredAdapter) -> dict[str, Update]:
 
 
 def others(stored: StoredAdapter) -> dict[str, Array]:
-    """The leaves that are no factors: biases, saved modules, token rows."""
-    return {
+    """What is trained and no factor: biases, saved modules, token rows.
+
+    By canonical path; of what was read from a PEFT directory, by the names there.
+    """
+    unfitted = {k: v for k, v in stored.tensors.items() if not (is_factor(k) or is_copy(k))}
+    return unfitted | {
         path: leaf
         for path, leaf in stored.factors.items()
         if _name(path, LORA_A) is None and _name(path, LORA_B) is None

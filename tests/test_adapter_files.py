@@ -373,23 +373,22 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
     "other type": (hand(peft_type="IA3"), ["peft_type is 'IA3', only 'LORA' is read"]),
     "no type": (hand(peft_type=None), ["peft_type is None"]),
     "unsupported": (
-        hand(use_dora=True, use_qalora=True, bias="all", modules_to_save=["lm_head"],
-             init_lora_weights="pissa", lora_bias=True, layers_pattern="h",
+        hand(use_dora=True, use_qalora=True, init_lora_weights="pissa", lora_bias=True, layers_pattern="h",
              fan_in_fan_out=True, unheard_of=3),
-        ["not supported: ", "use_dora = True", "use_qalora = True", "bias = 'all'",
-         "modules_to_save = ['lm_head']", "init_lora_weights = 'pissa'", "lora_bias = True",
+        ["not supported: ", "use_dora = True", "use_qalora = True",
+         "init_lora_weights = 'pissa'", "lora_bias = True",
          "layers_pattern = 'h'",
          "fan_in_fan_out = True", "unheard_of = 3"],
     ),
     "wrong value": (hand(r="two"), ["adapter_config.json:", "'r': "]),
     "strangers": (
         tensors(**{"layers__0__lora_magnitude_vector": (8,), "lm_head__weight": (5, 8)}),
-        ["tensors that are no LoRA factors of linear layers: base_model.model.layers.0."
-         "lora_magnitude_vector, base_model.model.lm_head.weight"],
+        ["does not fit:", "unexpected: base_model.model.layers.0.lora_magnitude_vector (8,)",
+         "unexpected: base_model.model.lm_head.weight (5, 8)"],
     ),
     "a base weight that is not targeted": (
         tensors(layers__1__base_layer__weight=(8, 8)),
-        ["tensors that are no LoRA factors", ": base_model.model.layers.1.base_layer.weight"],
+        ["unexpected: base_model.model.layers.1.base_layer.weight (8, 8)"],
     ),
     "another base": (
         tensors(lm_head__base_layer__weight=(5, 8)),
@@ -400,10 +399,12 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
     ),
     "does not fit": (
         tensors(**{A0: (2, 9), B0: None, "layers__1__lora_A__weight": (2, 8)}),
-        ["does not fit:", "missing: layers/0/lora_b (2, 8)", "unexpected: layers/1/lora_a (2, 8)",
-         "shape: layers/0/lora_a is (2, 9), expected (2, 8)", "trained on another model"],
+        ["does not fit:", "missing: base_model.model.layers.0.lora_B.weight (8, 2)",
+         "unexpected: base_model.model.layers.1.lora_A.weight (2, 8)",
+         "shape: base_model.model.layers.0.lora_A.weight is (2, 9), expected (2, 8)",
+         "trained on another model"],
     ),
-    "other rank": (hand(r=4), ["shape: lm_head/lora_b is (2, 5), expected (4, 5)"]),
+    "other rank": (hand(r=4), ["shape: base_model.model.lm_head.lora_B.weight is (5, 2), expected (5, 4)"]),
     "other names": (
         hand(target_modules=["q_proj"]), ["target_modules: 'q_proj'; nearest: 0, 1, 2, lm_head"]
     ),

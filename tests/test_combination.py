@@ -17,6 +17,7 @@ import jlora
 from jlora import adapters, cli, combination, injection, mixture, peft, updates
 from jlora.checkpoint import StoredAdapter
 from jlora.errors import JloraError
+from jlora.fingerprint import Fingerprint
 
 KINDS = combination.COMBINATION_TYPES
 PRUNED = [kind for kind in KINDS if kind.removesuffix("_svd") in mixture.PRUNED]
@@ -281,8 +282,14 @@ REFUSED: dict[str, tuple[list[StoredAdapter], list[float], str, dict[str, Any], 
         ["a0 trains q/bias beside factors", "a1 trains norm/scale beside", "a1 has no factors"],
     ),
     "other bases": (
-        [dataclasses.replace(adapter(i), base_weights={"q": np.full(3, i)}) for i in (0, 1)],
-        [1.0, 1.0], "svd", {}, ["q: the base weights in a0 and a1 differ"],
+        [dataclasses.replace(adapter(i), tensors={"q.base_layer.weight": np.full(3, i)})
+         for i in (0, 1)],
+        [1.0, 1.0], "svd", {}, ["q.base_layer.weight: the base weights in a0 and a1 differ"],
+    ),
+    "bases that were not the same": (
+        [dataclasses.replace(adapter(i), base=Fingerprint("Model", {"q": (2,)}, {"q": f"{i}"}))
+         for i in (0, 1)],
+        [1.0, 1.0], "svd", {}, ["a0 and a1 were trained on other bases: other values in 1 of 1: q"],
     ),
     "not finite": (
         [dataclasses.replace(

@@ -351,7 +351,7 @@ def planned(
     if not isinstance(model, linen.LoraModule):
         raise JloraError(f"expected an injected Linen module, got {type(model).__name__}")
     linen_tree.demand_traced(model)
-    return linen_tree.planned(model, tree, config), list(model.lora.sites.values())
+    return linen_tree.planned(model, tree, config), linen_tree.sites_of(model, params.flatten(tree))
 
 
 def difference(model: Any, tree: Any, config: LoraConfig) -> str:

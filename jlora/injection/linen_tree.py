@@ -9,15 +9,13 @@ import jax.numpy as jnp
 from flax.core import FrozenDict, meta
 
 from jlora import adapter
-from jlora.adapter import LORA_A, LORA_B, LORA_TOKENS, Site
+from jlora.adapter import LORA_A, LORA_ADDED, LORA_B, LORA_TOKENS, Site
 from jlora.config import LoraConfig, QuantConfig
 from jlora.errors import JloraError
 from jlora.injection import registry
 from jlora.injection.params import flatten, is_trained, unflatten
 from jlora.quant.array import QuantArray
 from jlora.targets import Plan, plan, to_quantise
-
-LORA_ADDED = "lora_added_"  # before the name of a leaf of the base: what is added to it
 
 
 def rows_of(rows: Any, path: str) -> tuple[int, ...]:

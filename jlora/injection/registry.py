@@ -169,6 +169,7 @@ class Convolution(LayerType):
             stacked=extra,
             weight=self.weight,
             kind="convolution",
+            peculiar=_peculiar(layer),
         )
 
     def delta(
@@ -193,6 +194,21 @@ class Convolution(LayerType):
         low = low.reshape(*low.shape[:-1], groups, r) * jnp.asarray(scaling, dtype)
         term = jnp.einsum("...gr,rgo->...go", low, lora_b.astype(dtype).reshape(r, groups, -1))
         return term.reshape(*low.shape[:-2], -1)
+
+
+def _peculiar(layer: Any) -> str:
+    """In what PEFT's update of a convolution, another convolution, is not ours."""
+    if layer.feature_group_count > 1:
+        return "a convolution in groups, whose update in PEFT mixes them"
+    if layer.mask is not None:
+        return "a convolution with a mask, which torch's have not"
+    for name in ("kernel_dilation", "input_dilation"):
+        sizes = getattr(layer, name)
+        if any(size != 1 for size in ((sizes,) if isinstance(sizes, int) else sizes or ())):
+            return f"a convolution with {name}, which PEFT's update leaves out"
+    if layer.padding in ("CIRCULAR", "REFLECT"):
+        return f"a convolution with padding {layer.padding}, which PEFT's update leaves out"
+    return ""
 
 
 def quantize(site: Site, weight: Any, config: QuantConfig) -> QuantArray:

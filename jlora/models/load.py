@@ -4,7 +4,7 @@ import dataclasses
 import json
 import shutil
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +140,22 @@ def abstract(
     return nnx.eval_shape(
         lambda: CausalLM(config, rngs=rngs, dtype=dtype, scan_layers=scan_layers, remat=remat)
     )
+
+
+def weights_of(model_dir: str | Path) -> Callable[[str], np.ndarray | None]:
+    """What reads a leaf of a directory's model by its canonical path, without the rest.
+
+    Of what is quantised it gives None.
+    """
+
+    def read(path: str) -> np.ndarray | None:
+        tensors = Tensors(Path(model_dir))
+        name, transposed = families.hf_name(path)
+        if name in tensors.quantised:
+            return None
+        return tensors.read(name).T if transposed else tensors.read(name)
+
+    return read
 
 
 def save(model: CausalLM, to: Path, *, source: Path) -> None:

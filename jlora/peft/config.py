@@ -1,0 +1,195 @@
+"""adapter_config.json: written with names resolved, read with every setting accounted for."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jlora import adapter, canonical, config, conversion
+from jlora.adapter import Site, Target
+from jlora.errors import JloraError
+from jlora.matching import Choice, dotted
+from jlora.targets import Plan
+
+CONFIG_FILE = "adapter_config.json"
+
+# Settings of PEFT that change nothing in what an adapter computes.
+_INERT = {
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights",
+    "peft_type", "peft_version", "revision", "runtime_config",
+    "low_cpu_mem_usage", "corda_config", "eva_config", "loftq_config", "lora_ga_config",
+    "ensure_weight_tying",  # where it matters the file has the tied head too
+    "qalora_group_size",  # use_qalora says whether it counts
+}  # fmt: skip
+# Other ways of initialising change the base weights whenever the adapter is loaded.
+_BASE_KEPT = (None, True, False, "gaussian", "orthogonal", "eva")
+_READ = (
+    "r", "lora_alpha", "target_modules", "exclude_modules", "lora_dropout", "layers_to_transform",
+    "rank_pattern", "alpha_pattern", "use_rslora", "task_type", "bias", "modules_to_save",
+    "trainable_token_indices",
+)  # fmt: skip
+_NEUTRAL: dict[str, Any] = {"megatron_core": "megatron.core"}
+# Modules that PEFT puts into an adapted layer, and then finds like the model's.
+_PEFTS = ("base_layer", "lora_dropout", "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B",
+          "lora_magnitude_vector")  # fmt: skip
+_LARGEST = 2**31  # of numbers: beyond it they are damage, and some overflow floats
+
+
+def to_settings(
+    lora: config.LoraConfig,
+    plan: Plan,
+    sites: Sequence[Site],
+    modules: Iterable[str],
+    stacks: Mapping[str, int],
+    *,
+    tied: bool,
+    base_model: str | None,
+) -> dict[str, Any]:
+    """Resolved to names: patterns, exclusions and layer choices are written as what they chose.
+
+    Args:
+        lora: the configuration.
+        plan: what it chose.
+        sites: all of the model's.
+        modules: paths of all modules, in the model's shape.
+        stacks: path of each stacked module -> number of its layers.
+        tied: whether an embedding is trained as a whole that is the output head too.
+        base_model: name or directory of the base model.
+
+    Raises:
+        JloraError: modules to save, or embeddings, whose names PEFT would also find elsewhere.
+    """
+    named = {dotted(name): target for name, target in adapter.iter_names(plan.targets)}
+    every = [dotted(name) for site in sites for name in site.names]
+
+    def only(name: str) -> str:
+        """A pattern for `name` alone: PEFT lets patterns match the end of longer names too."""
+        return f"^{name}" if any(other.endswith("." + name) for other in every) else name
+
+    choice = Choice(lora)
+    tops = [m for m in modules if choice.saves(m) and not choice.saves(m.rpartition("/")[0])]
+    saved, known = (
+        {dotted(name) for path in paths for name in canonical.layer_paths(path, stacks)}
+        for paths in (tops, modules)
+    )
+    known |= {f"{name}.{own}" for name in named for own in _PEFTS}
+    settings: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": lora.task_type or None,
+        "base_model_name_or_path": base_model,
+        "r": lora.r,
+        "lora_alpha": lora.lora_alpha,
+        "target_modules": _target_names(named, every),
+        "lora_dropout": lora.lora_dropout,
+        "bias": lora.bias,
+        "fan_in_fan_out": False,
+        "use_rslora": lora.use_rslora,
+        "use_dora": False,
+        "rank_pattern": {only(name): t.r for name, t in named.items() if t.r != lora.r},
+        "alpha_pattern": {
+            only(name): t.alpha for name, t in named.items() if t.alpha != lora.lora_alpha
+        },
+        "modules_to_save": _ends("modules_to_save", saved, known) or None,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+    if plan.tokens:
+        for path in plan.tokens:
+            _ends("trainable_token_indices", {dotted(path)}, known)
+        rows = {dotted(path): list(rows) for path, rows in plan.tokens.items()}
+        settings["trainable_token_indices"] = rows
+    return settings | ({"ensure_weight_tying": True} if tied else {})
+
+
+def _target_names(named: Mapping[str, Target], every: Sequence[str]) -> list[str] | str:
+    """Last components where they choose just the adapted layers, as servers like it.
+
+    Else full names, or a regular expression where those too would choose others, whose names end in
+    one of them. A number alone is never written: in PEFT's model it names a whole block.
+    """
+    last = sorted({name.split(".")[-1] for name in named})
+    for names in (last, sorted(named)):
+        suffixes = tuple("." + name for name in names)
+        chosen = {n for n in every if n in names or n.endswith(suffixes)}
+        if chosen == set(named) and not any(name.isdigit() for name in names):
+            return names
+    return "|".join(map(re.escape, sorted(named)))
+
+
+def _ends(field: str, wanted: set[str], known: set[str]) -> list[str]:
+    """Ends of names that choose `wanted` among `known` as PEFT matches them: without a dot."""
+    last = sorted({name.rpartition(".")[2] for name in wanted})
+    for names in (last, sorted(wanted)):
+        chosen = {n for n in known if n.endswith(tuple(names))}
+        if chosen == wanted and not any(name.isdigit() for name in names):
+            return names
+    more = sorted({n for n in known if n.endswith(tuple(wanted))} - wanted)
+    raise JloraError(
+        f"{field}: PEFT finds modules by the end of their name, and that of "
+        f"{', '.join(sorted(wanted)[:5])} would also be "
+        f"{', '.join(more[:5]) or 'a number alone'}; keep the adapter with jlora.save_adapter"
+    )
+
+
+def as_matched(lora: config.LoraConfig, modules: Iterable[str]) -> config.LoraConfig:
+    """With `modules_to_save` that choose what they do in PEFT: there any end of a name matches.
+
+    Args:
+        lora: as read from PEFT's file.
+        modules: paths of all modules.
+    """
+    if not lora.modules_to_save:
+        return lora
+    names = [dotted(path) for path in modules]
+    ends: dict[str, None] = {}
+    for pattern in lora.modules_to_save:
+        depth = pattern.count(".") + 1
+        found = [".".join(n.split(".")[-depth:]) for n in names if n.endswith(pattern)]
+        ends |= dict.fromkeys(found or [pattern])
+    return dataclasses.replace(lora, modules_to_save=tuple(ends))
+
+
+def read_config(file: Path) -> config.LoraConfig:
+    """Read adapter_config.json.
+
+    Raises:
+        JloraError: a file that is missing or no JSON object; settings that are not supported, all
+            by name; values of a wrong type.
+    """
+    if not file.is_file():
+        raise JloraError(f"{file} does not exist; a PEFT adapter is a directory with that file")
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise JloraError(f"{file} is not JSON: {error}; copy the adapter again") from None
+    if not isinstance(settings, dict):
+        raise JloraError(f"{file} holds no JSON object; copy the adapter again")
+    if settings.get("peft_type") != "LORA":
+        raise JloraError(f"{file}: peft_type is {settings.get('peft_type')!r}, only 'LORA' is read")
+    unsupported = [
+        f"{key} = {value!r}"
+        for key, value in settings.items()
+        if key not in _INERT and key not in _READ and value and value != _NEUTRAL.get(key)
+    ]
+    if settings.get("init_lora_weights") not in _BASE_KEPT:
+        unsupported.append(f"init_lora_weights = {settings['init_lora_weights']!r}")
+    if unsupported:
+        raise JloraError(f"{file}: not supported: {'; '.join(sorted(unsupported))}")
+    if not settings.get("target_modules"):
+        raise JloraError(
+            f"{file}: target_modules is {settings.get('target_modules')!r}, which leaves the "
+            "choice to PEFT's table of model types; write the names of the layers there"
+        )
+    values = {key: settings[key] for key in _READ if settings.get(key) is not None}
+    if huge := [key for key, value in values.items() if _too_large(value)]:
+        raise JloraError(f"{file}: {', '.join(huge)}: a number beyond {_LARGEST}; copy it again")
+    values = {"r": 8, "lora_alpha": 8, "task_type": ""} | values  # PEFT's own defaults
+    return conversion.from_dict(config.LoraConfig, values, where=str(file))
+
+
+def _too_large(value: Any) -> bool:
+    if isinstance(value, dict | list):
+        return any(map(_too_large, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, int | float) and abs(value) > _LARGEST

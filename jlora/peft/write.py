@@ -1,0 +1,129 @@
+"""PEFT directories out."""
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jlora import config, fingerprint, injection, paths
+from jlora.adapter import Site
+from jlora.checkpoint import StoredAdapter, gather
+from jlora.errors import JloraError
+from jlora.files import save_tensors
+from jlora.peft.config import CONFIG_FILE, to_settings
+from jlora.peft.read import METADATA, WEIGHTS_FILE, modules_of
+from jlora.peft.tensors import Weights, base_weights, check_exportable, table, tied_heads
+from jlora.targets import Plan
+
+
+def export_peft(
+    path: str | Path,
+    model: Any,
+    config: config.LoraConfig,
+    *,
+    params: Any = None,
+    base_model: str | None = None,
+) -> None:
+    """Write the adapters of `model` as a PEFT directory.
+
+    Factors of linear layers, embeddings and convolutions, biases, modules to save and token rows,
+    all in float32. PEFT's copies of base weights (of a targeted `embed_tokens` or `lm_head`) are
+    left out; PEFT does not ask for them. A tied embedding that is trained as a whole is written
+    under the output head's name too, with ensure_weight_tying: PEFT would otherwise part the two.
+
+    Args:
+        path: a directory; an adapter that it holds already is replaced.
+        model: a model that `inject` has been given; or an injected Linen module that has been
+            traced (by `init`, say).
+        config: the configuration that it was given.
+        params: the Linen module's tree of parameters.
+        base_model: name or directory of the base model, for those who load the adapter.
+
+    Raises:
+        JloraError: the model holds no adapters, or others than `config` says, or such as the
+            format has no place for: all by name, with the reason.
+    """
+    if params is None:
+        write_peft(path, model, gather(model, config), base_model=base_model)
+        return
+    plan, sites = injection.planned(model, params)
+    if stacked := [site.path for site in sites if site.stacked]:
+        raise JloraError(
+            f"layers that nn.scan stacks have no names of their own: {', '.join(stacked[:5])}; "
+            "export from the module with its layers unrolled"
+        )
+    _write(Path(path), gather(model, config, params), plan, sites, base_model, model, params, None)
+
+
+def write_peft(
+    path: str | Path,
+    model: Any,
+    stored: StoredAdapter,
+    *,
+    base_model: str | None = None,
+    weights: Weights | None = None,
+) -> None:
+    """`export_peft` for an adapter as read from disk; `model` may be abstract.
+
+    Args:
+        path: as for `export_peft`.
+        model: the NNX model, injected or not.
+        stored: the adapter.
+        base_model: as for `export_peft`.
+        weights: reads a leaf of the base, for rows of an embedding where `model` is abstract.
+
+    Raises:
+        JloraError: leaves that do not fit the model and their configuration.
+    """
+    plan, sites = injection.plan(model, stored.config), injection.sites(model)
+    _write(Path(path), stored, plan, sites, base_model, model, None, weights)
+
+
+def _write(
+    path: Path,
+    stored: StoredAdapter,
+    plan: Plan,
+    sites: Sequence[Site],
+    base_model: str | None,
+    model: Any,
+    params: Any,
+    weights: Weights | None,
+) -> None:
+    check_exportable(plan, sites)
+    leaves, read = base_weights(model, params)
+    stacks = injection.stacks(model) if params is None else {}
+    known = table(plan, sites, stacks, added=params is not None, tied=tied_heads(model, sites))
+    paths.check_same(
+        known.leaves,
+        {name: tuple(leaf.shape) for name, leaf in stored.factors.items()},
+        what=f"the adapter in {stored.where}",
+        remedy="it was trained on another model, or its configuration was edited",
+    )
+    tensors = {}
+    for entry in known.entries:
+        leaf = np.asarray(stored.factors[entry.leaf]).astype(np.float32)
+        tensors[entry.key] = entry.to_torch(leaf, weights or read)
+        if entry.twin is not None:
+            tensors[entry.twin] = tensors[entry.key].copy()
+    settings = to_settings(
+        stored.config,
+        plan,
+        sites,
+        modules_of(leaves),
+        stacks,
+        tied=any(entry.twin for entry in known.entries),
+        base_model=base_model,
+    )
+    known_base = {} if stored.base is None else {"base": fingerprint.to_json(stored.base)}
+    metadata = {METADATA: json.dumps(known_base)} if known_base else None
+    path.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path) as scratch:
+        file, text = Path(scratch, WEIGHTS_FILE), Path(scratch, CONFIG_FILE)
+        save_tensors(tensors, file, metadata)
+        text.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        os.replace(file, path / WEIGHTS_FILE)
+        os.replace(text, path / CONFIG_FILE)
