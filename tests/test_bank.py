@@ -179,15 +179,18 @@ def test_what_add_takes(tmp_path):
     jlora.save_adapter(tmp_path / "orbax", one, CONFIGS["late"])
     jlora.export_peft(tmp_path / "peft", one, CONFIGS["late"])
     bank = jlora.Bank(tiny(), ROOM, capacity=4)  # unrolled, where the adapter was not
-    bank.add("path", tmp_path / "orbax")
-    bank.add("text", str(tmp_path / "peft"))
-    bank.add("read", adapters.read(tmp_path / "peft"))
-    of = jlora.Bank.of(tiny(), {"x": tmp_path / "orbax"})
+    with pytest.raises(JloraError, match="other values in 16 of 21"):
+        bank.add("path", tmp_path / "orbax")
+    assert bank.names == ()
+    bank.add("path", tmp_path / "orbax", force=True)  # the base has other values
+    bank.add("text", str(tmp_path / "peft"), force=True)
+    bank.add("read", adapters.read(tmp_path / "peft"), force=True)
+    of = jlora.Bank.of(tiny(), {"x": tmp_path / "orbax"}, force=True)
     _, held = contents(bank)
     assert held["path"] == held["text"] == held["read"] != held[None]
     assert (of.names, of.active, of.rank, of.capacity) == (("x",), "x", 8, 1)
     tokens = np.arange(8, dtype=np.int32).reshape(2, 4)
-    expected = run(*jlora.partition(jlora.load_adapter(tmp_path / "orbax", tiny())), tokens)
+    expected = run(*jlora.partition(jlora.load_adapter(tmp_path / "orbax", tiny(), force=True)), tokens)
     np.testing.assert_allclose(run(*of.partition(), tokens), expected, atol=1e-5)
     np.testing.assert_allclose(run(*bank.partition(), tokens), expected, atol=1e-5)
 
