@@ -43,9 +43,6 @@ class Bank:
             capacity + 1 adapters of the bank's rank.
 
     Attributes:
-        names: of the adapters, in the order in which they were added.
-        active: the name of the one in use, or None for the base alone; the first that an empty bank
-            gets becomes it.
         rank: the highest that an adapter may have.
         capacity: the most adapters.
 
@@ -69,7 +66,7 @@ class Bank:
             targets = injection.plan(model, room).targets
             injection.inject(view, room, rngs=jax.random.key(0), training=False)
         self.capacity = capacity
-        self.active: str | None = None
+        self._active: str | None = None
         self._model = _view(model)
         self._sites = {t.site.leaf(name): t.site for t in targets for name in (LORA_A, LORA_B)}
         leaves, self._base = injection.partition(view)
@@ -82,7 +79,7 @@ class Bank:
             )
             for path, axis in self._axes
         }
-        self._held: dict[str | None, int] = {None: capacity}
+        self._held: dict[str | None, int] = {None: capacity}  # the slot of zeros
 
     @classmethod
     def of(cls, model: Any, paths: Mapping[str, str | Path], *, force: bool = False) -> "Bank":
@@ -116,8 +113,13 @@ class Bank:
         """Of the adapters, in the order in which they were added."""
         return tuple(name for name in self._held if name is not None)
 
+    @property
+    def active(self) -> str | None:
+        """Name of the adapter in use, None for the base alone."""
+        return self._active
+
     def add(self, name: str, adapter: Any, *, force: bool = False) -> None:
-        """Put an adapter into a free slot.
+        """Put an adapter into a free slot; the first of an empty bank becomes the active one.
 
         What `partition` gave before is used up: its arrays are written to in place.
 
@@ -144,7 +146,7 @@ class Bank:
         self._slots = _write(self._slots, values, np.int32(slot), axes=self._axes)
         self._held[name] = slot
         if len(self.names) == 1:
-            self.active = name
+            self._active = name
 
     def set_active(self, name: str) -> None:
         """Use this adapter where rows have none of their own.
@@ -153,11 +155,11 @@ class Bank:
             JloraError: there is none of the name.
         """
         self._check_held([name])
-        self.active = name
+        self._active = name
 
     def disable(self) -> None:
         """Use the base alone, until `set_active`."""
-        self.active = None
+        self._active = None
 
     def delete(self, name: str) -> None:
         """Free the slot of an adapter.
@@ -184,7 +186,7 @@ class Bank:
             return
         self._check_new(new)
         self._held = {new if name == old else name: slot for name, slot in self._held.items()}
-        self.active = new if self.active == old else self.active
+        self._active = new if self._active == old else self._active
 
     def partition(self, rows: Sequence[str | None] | None = None) -> tuple[Selection, Any]:
         """The view as `jlora.partition` splits a model; give both to a jitted function.

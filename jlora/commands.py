@@ -67,8 +67,8 @@ class GenerateConfig(Strict):
     prompt: tuple[str, ...] = ()
     """One user turn each."""
     prompts: Path | None = None
-    """Or a JSONL file of rows {"prompt": …, "adapter": NAME or null for the base, "system": …}, of
-    which only the first must be there; each row is printed with its "answer"."""
+    """Or a JSONL file of rows {"prompt": "...", "adapter": "NAME", "system": "..."}, the last two
+    optional; null is the base alone. Each row is printed with its "answer"."""
     adapter: UseAppendAction[tuple[tuple[str, ...], ...]] = ()
     """A run, an Orbax adapter or a PEFT directory; or several, NAME=DIR each, for --prompts."""
     force: bool = False

@@ -190,7 +190,8 @@ def test_what_add_takes(tmp_path):
     assert held["path"] == held["text"] == held["read"] != held[None]
     assert (of.names, of.active, of.rank, of.capacity) == (("x",), "x", 8, 1)
     tokens = np.arange(8, dtype=np.int32).reshape(2, 4)
-    expected = run(*jlora.partition(jlora.load_adapter(tmp_path / "orbax", tiny(), force=True)), tokens)
+    alone = jlora.load_adapter(tmp_path / "orbax", tiny(), force=True)
+    expected = run(*jlora.partition(alone), tokens)
     np.testing.assert_allclose(run(*of.partition(), tokens), expected, atol=1e-5)
     np.testing.assert_allclose(run(*bank.partition(), tokens), expected, atol=1e-5)
 
