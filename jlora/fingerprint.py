@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -82,23 +82,23 @@ def of(model: Any, params: Any = None) -> Fingerprint:
     """
     stacks = injection.stacks(model) if params is None else {}
     leaves = injection.base_leaves(model if params is None else params)
-    return of_leaves(_class(model).__name__, leaves, stacks)
+    return of_leaves(_class(model).__name__, leaves.items(), stacks)
 
 
 def of_leaves(
-    architecture: str, leaves: Mapping[str, Any], stacks: Mapping[str, int]
+    architecture: str, leaves: Iterable[tuple[str, Any]], stacks: Mapping[str, int]
 ) -> Fingerprint:
     """The fingerprint of a model with these parameters.
 
     Args:
         architecture: name of its class.
-        leaves: path -> JAX, NumPy or QuantArray, or jax.ShapeDtypeStruct, in the model's shape.
+        leaves: (path, JAX, NumPy or QuantArray, or jax.ShapeDtypeStruct), in the model's shape.
         stacks: path of each stacked module -> number of its layers.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     sampled: dict[str, Any] = {}
     quant: dict[str, Any] = {}
-    for path, leaf in leaves.items():
+    for path, leaf in leaves:
         layers = canonical.layer_paths(path, stacks)
         stacked = layers != [path]
         shapes |= dict.fromkeys(layers, tuple(leaf.shape[stacked:]))

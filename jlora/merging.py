@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -91,16 +92,14 @@ def merge(settings: MergeConfig, *, quant: QuantConfig | None = None) -> Merged:
         name, transposed = families.hf_name(path)
         shape = tuple(reversed(leaf.shape)) if transposed else leaf.shape
         places[name] = _Place(path, transposed, shape)
-    base = {
-        place.path: leaves[place.path] if name in tensors.quantised else _view(tensors, name, place)
-        for name, place in places.items()
-    }
+    base = _leaves(tensors, places)
     here = fingerprint.of_leaves(type(model).__name__, base, {})
     adapters.check_base(stored, here, force=settings.force)
     packed = load.mark(model, tensors, quant)
     read = load.weights_of(model_dir)
     stored, plan = adapters.fitted(stored, model, weights=read, force=settings.force)
-    found = adapters.norms(stored, {path: base[path] for path in plan.whole})
+    whole = {name: place for name, place in places.items() if place.path in plan.whole}
+    found = adapters.norms(stored, dict(_leaves(tensors, whole)))
     adapters.report(stored, found, allow_zero=settings.force)
     if tied and "lm_head.weight" in tensors.shapes():  # a copy, which is to stay one
         places["lm_head.weight"] = places["model.embed_tokens.weight"]
@@ -139,10 +138,14 @@ class _Place(NamedTuple):
     """On disk."""
 
 
-def _view(tensors: Tensors, name: str, place: _Place) -> np.ndarray:
-    """A leaf of the model as it lies on disk, of which few values will be read."""
-    view = tensors.view(name)
-    return view.T if place.transposed else view
+def _leaves(tensors: Tensors, places: Mapping[str, _Place]) -> Iterator[tuple[str, Any]]:
+    """(path, leaf) as it lies on disk, to look at few of its values; of codes just the shape."""
+    for name, place in places.items():
+        if name in tensors.quantised:
+            yield place.path, jax.ShapeDtypeStruct(place.shape[::-1], jnp.float32)
+        else:
+            view = tensors.view(name)
+            yield place.path, view.T if place.transposed else view
 
 
 def _choose(settings: MergeConfig, quantised: bool, quant: QuantConfig | None) -> str:

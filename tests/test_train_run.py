@@ -374,6 +374,17 @@ def test_resuming_on_changed_data_is_refused(settings, model, interrupted, tmp_p
     assert "start a new run" in message
 
 
+def test_resuming_on_another_base_is_refused(settings, interrupted, tmp_path):
+    again = tmp_path / "again"
+    shutil.copytree(interrupted / "signal", again)
+    other = write_model(tmp_path / "other", seed=1, num_hidden_layers=2)
+    config = (again / "config.toml").read_text()
+    (again / "config.toml").write_text(config.replace(tomllib.loads(config)["model"], str(other)))
+    message = refused(settings(again, model=other, resume=True), "was trained on another base")
+    assert "other values in " in message
+    assert message.endswith("restore that model, or start a new run")
+
+
 def test_resuming_without_a_run_is_refused(settings, tmp_path):
     with pytest.raises(JloraError, match=r"--resume: .*nothing holds no run \(.*config.toml is"):
         quiet(settings(tmp_path / "nothing", resume=True))
