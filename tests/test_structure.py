@@ -23,7 +23,7 @@ LAYERS = [
     "injection",
     "models models.attention models.transformer models.families models.tensors models.load",
     "models.gguf",
-    "fetch checkpoint peft.tensors peft.config peft.read peft.write peft.vllm peft adapters",
+    "fetch checkpoint peft.tensors peft.fused peft.config peft.read peft.write peft.vllm peft adapters",
     "data data.records data.source data.chat data.batching",
     "generation evaluate optim",
     "train train.loss train.step train.checkpoint train.run train.measure train.loop",
