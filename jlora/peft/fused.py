@@ -70,7 +70,7 @@ def split(tensors: Mapping[str, np.ndarray], fused: Fused) -> dict[str, np.ndarr
     return result
 
 
-def join(tensors: Mapping[str, np.ndarray], fused: Fused, where: str) -> dict[str, np.ndarray]:
+def join(tensors: Mapping[str, np.ndarray], fused: Fused) -> dict[str, np.ndarray]:
     """The inverse of `split`; parts that are not all there, or of another size, stay as they are.
 
     Raises:
@@ -90,7 +90,7 @@ def join(tensors: Mapping[str, np.ndarray], fused: Fused, where: str) -> dict[st
             if suffix in _SHARED:
                 if not all(np.array_equal(own[0], other) for other in own):
                     raise JloraError(
-                        f"the adapter in {where} has a factor A of its own for each of "
+                        "it has a factor A of its own for each of "
                         f"{', '.join(parts)}, and {module}, which is all of them here, has one: "
                         "load it on a model with these layers apart"
                     )

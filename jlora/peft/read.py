@@ -159,7 +159,7 @@ def fit(
         if fused := fused_layers(model, sites):
             head = getattr(model, "output_head", None) or head_among(sites)
             lora = renamed(lora, sites, head, fused)
-            stored = dataclasses.replace(stored, tensors=join(stored.tensors, fused, stored.where))
+            stored = dataclasses.replace(stored, tensors=join(stored.tensors, fused))
         lora = peft_config.as_matched(lora, modules_of(leaves), fused)
         if params is None:
             plan = injection.plan(model, lora)
