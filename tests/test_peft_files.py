@@ -245,6 +245,22 @@ def with_tensor(key: str, new: Callable[[np.ndarray], np.ndarray]) -> Callable[[
     return change
 
 
+def test_copies_are_of_the_base_and_not_of_what_is_trained(written: Path, tmp_path: Path) -> None:
+    """PEFT saves the base's own bias of a module that is saved whole, with bias="all"."""
+    shutil.copytree(written, tmp_path / "p")
+    key = f"{P}head.original_module.bias"
+    tensors = load_file(written / peft.WEIGHTS_FILE)
+    base, own = np.zeros(3, np.float32), tensors[f"{P}head.bias"]
+    for copy, fits in ((base, True), (own, False)):
+        save_file(tensors | {key: copy}, tmp_path / "p" / peft.WEIGHTS_FILE)
+        for model in (Model(nnx.Rngs(0)), trained()):
+            if fits:
+                jlora.load_adapter(tmp_path / "p", model)
+            else:
+                with pytest.raises(JloraError, match="base weights of head that are not this mode"):
+                    jlora.load_adapter(tmp_path / "p", model)
+
+
 class Fused(nnx.Module):
     """Query, key and value in one kernel of 8 + 4 + 4 outputs."""
 
