@@ -362,6 +362,45 @@ def test_export_writes_the_runs_own_adapter(home, tmp_path, says, fails):
     assert "holds no checkpoint" in fails("export", "--run", home / "data", "--to", tmp_path / "x")
 
 
+def test_export_for_vllm(home, tmp_path, says, fails):
+    to = tmp_path / "served"
+    said = says("export", "--run", home / "run", "--to", to, "--target", "vllm")
+    assert f"wrote {to}; its server needs --max-lora-rank 8 (the default is 16)" in said
+    assert contents(to) == contents(home / "run" / "adapter")
+    shutil.copytree(home / "run", tmp_path / "run")
+    newest = max((tmp_path / "run" / "checkpoints").iterdir(), key=lambda step: int(step.name))
+    meta = next((newest / "meta").glob("*"))
+    edited = json.loads(meta.read_text())
+    edited["lora"] |= {"alpha_pattern": {"q_proj": 3}}
+    meta.write_text(json.dumps(edited))
+    no = tmp_path / "no"
+    said = fails("export", "--run", tmp_path / "run", "--to", no, "--target", "vllm")
+    assert "vLLM would not serve this adapter" in said
+    assert "patterns that change the scaling, which would be 4 everywhere, at 2 layers" in said
+    assert not no.exists()
+
+
+def test_import_writes_what_a_run_would(home, tmp_path, says, fails):
+    peft, to = home / "run" / "adapter", tmp_path / "ours"
+    flags = ["--model", home / "model", "--adapter"]
+    assert f"wrote {to}: 8 tensors" in says("import", *flags, peft, "--to", to)
+    answers = [
+        says("generate", "--model", home / "model", "--adapter", adapter, "--prompt", "a")
+        for adapter in (to, peft)
+    ]
+    assert answers[0] == answers[1]
+    before = contents(to)
+    assert "exists already; save to a new directory" in fails("import", *flags, peft, "--to", to)
+    assert contents(to) == before
+    shutil.copytree(peft, tmp_path / "cut")
+    file = tmp_path / "cut" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    said = fails("import", *flags, tmp_path / "cut", "--to", tmp_path / "new")
+    assert "is truncated or no safetensors file" in said
+    assert not (tmp_path / "new").exists()
+    assert "several adapters" not in fails("import", *flags, tmp_path, "--to", tmp_path / "new")
+
+
 def test_convert_refuses_what_is_no_gguf(home, tmp_path, fails):
     said = fails("convert", home / "base.toml", "--to", tmp_path / "new")
     assert said.startswith("jlora: ")

@@ -3,11 +3,12 @@
 import dataclasses
 import json
 import pickle
+import re
 import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -227,6 +228,107 @@ def test_what_the_format_has_no_place_for(how, config, reason, tmp_path: Path) -
     assert "keep the adapter with jlora.save_adapter" in str(caught.value)
 
 
+def with_settings(**changes: Any) -> Callable[[Path], None]:
+    def change(at: Path) -> None:
+        file = at / peft.CONFIG_FILE
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return change
+
+
+def with_tensor(key: str, new: Callable[[np.ndarray], np.ndarray]) -> Callable[[Path], None]:
+    def change(at: Path) -> None:
+        tensors = load_file(at / peft.WEIGHTS_FILE)
+        tensors[key] = np.ascontiguousarray(new(tensors[key]))
+        save_file(tensors, at / peft.WEIGHTS_FILE)
+
+    return change
+
+
+def test_copies_are_of_the_base_and_not_of_what_is_trained(written: Path, tmp_path: Path) -> None:
+    """PEFT saves the base's own bias of a module that is saved whole, with bias="all"."""
+    shutil.copytree(written, tmp_path / "p")
+    key = f"{P}head.original_module.bias"
+    tensors = load_file(written / peft.WEIGHTS_FILE)
+    base, own = np.zeros(3, np.float32), tensors[f"{P}head.bias"]
+    for copy, fits in ((base, True), (own, False)):
+        save_file(tensors | {key: copy}, tmp_path / "p" / peft.WEIGHTS_FILE)
+        for model in (Model(nnx.Rngs(0)), trained()):
+            if fits:
+                jlora.load_adapter(tmp_path / "p", model)
+            else:
+                with pytest.raises(JloraError, match="base weights of head that are not this mode"):
+                    jlora.load_adapter(tmp_path / "p", model)
+
+
+class Fused(nnx.Module):
+    """Query, key and value in one kernel of 8 + 4 + 4 outputs."""
+
+    fused_layers: ClassVar = {"qkv": {"q": 8, "k": 4, "v": 4}}
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.layers = nnx.List([nnx.Dict(qkv=nnx.Linear(4, 16, rngs=rngs)) for _ in range(2)])
+        self.out = nnx.Linear(4, 4, rngs=rngs)
+
+
+class TestFused:
+    CONFIG = jlora.LoraConfig(
+        r=2, lora_alpha=3, target_modules=("qkv", "out"), bias="all", init_lora_weights=False,
+        rank_pattern={r"layers\.1\.qkv": 3}, alpha_pattern={r"layers\.0\.qkv": 5},
+    )  # fmt: skip
+
+    @pytest.fixture
+    def fused(self, tmp_path: Path) -> tuple[Fused, Path]:
+        model = jlora.inject(Fused(nnx.Rngs(0)), self.CONFIG, rngs=nnx.Rngs(1))
+        leaves = jlora.partition(model)[0]
+        injection.update(model, {p: x + jnp.arange(x.shape[-1]) for p, x in leaves.items()})
+        jlora.export_peft(tmp_path / "p", model, self.CONFIG)
+        return model, tmp_path / "p"
+
+    def test_its_parts_have_their_own_rows(self, fused) -> None:
+        model, at = fused
+        tensors, leaves = load_file(at / peft.WEIGHTS_FILE), jlora.partition(model)[0]
+        said = json.loads((at / peft.CONFIG_FILE).read_text())
+        assert said["target_modules"] == ["k", "out", "q", "v"]
+        assert said["rank_pattern"] == {f"layers.1.{n}": 3 for n in "qkv"}
+        assert said["alpha_pattern"] == {f"layers.0.{n}": 5 for n in "qkv"}
+        b = np.asarray(leaves["layers/1/qkv/lora_b"]).T
+        for part, rows in (("q", slice(0, 8)), ("k", slice(8, 12)), ("v", slice(12, 16))):
+            key = f"{P}layers.1.{part}"
+            np.testing.assert_array_equal(
+                tensors[f"{key}.lora_A.weight"], leaves["layers/1/qkv/lora_a"]
+            )
+            np.testing.assert_array_equal(tensors[f"{key}.lora_B.weight"], b[rows])
+            np.testing.assert_array_equal(
+                tensors[f"{key}.base_layer.bias"], leaves["layers/1/qkv/bias"][rows]
+            )
+        assert len(tensors) == 2 * 3 * 3 + 3
+
+    def test_they_are_joined_again(self, fused) -> None:
+        model, at = fused
+        again = jlora.load_adapter(at, Fused(nnx.Rngs(0)))
+        assert injection.scalings(again) == injection.scalings(model)
+        for path, leaf in jlora.partition(model)[0].items():
+            np.testing.assert_array_equal(jlora.partition(again)[0][path], leaf, path)
+
+    @pytest.mark.parametrize(
+        ("change", "part"),
+        [
+            (with_tensor(f"{P}layers.0.k.lora_A.weight", lambda x: x + 1), "factor A of its own"),
+            (with_tensor(f"{P}layers.0.k.lora_B.weight", lambda x: x[:3]), "missing: "),
+            (with_settings(rank_pattern={r"layers\.1\.q": 3}), "are not adapted alike"),
+            (with_settings(target_modules=["qkv"]), "target_modules: 'qkv'; nearest: "),
+        ],
+    )
+    def test_parts_that_do_not_join(self, fused, change, part) -> None:
+        change(fused[1])
+        model = Fused(nnx.Rngs(0))
+        before = bits(model)
+        with pytest.raises(JloraError, match=re.escape(part)):
+            jlora.load_adapter(fused[1], model)
+        assert bits(model) == before
+
+
 class TestVllm:
     @pytest.mark.parametrize(
         ("config", "rank"),
@@ -258,14 +360,6 @@ class TestVllm:
 
 
 # What is refused ----------------------------------------------------------------------------------
-
-
-def with_settings(**changes: Any) -> Callable[[Path], None]:
-    def change(at: Path) -> None:
-        file = at / peft.CONFIG_FILE
-        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-    return change
 
 
 def with_tensors(**changes: Any) -> Callable[[Path], None]:

@@ -11,6 +11,7 @@ from jlora import adapter, canonical, config, conversion
 from jlora.adapter import Site, Target
 from jlora.errors import JloraError
 from jlora.matching import Choice, dotted
+from jlora.peft.fused import Fused, names_of
 from jlora.targets import Plan
 
 CONFIG_FILE = "adapter_config.json"
@@ -44,6 +45,7 @@ def to_settings(
     modules: Iterable[str],
     stacks: Mapping[str, int],
     *,
+    fused: Fused,
     tied: bool,
     base_model: str | None,
 ) -> dict[str, Any]:
@@ -55,14 +57,19 @@ def to_settings(
         sites: all of the model's.
         modules: paths of all modules, in the model's shape.
         stacks: path of each stacked module -> number of its layers.
+        fused: layers that have several names there.
         tied: whether an embedding is trained as a whole that is the output head too.
         base_model: name or directory of the base model.
 
     Raises:
         JloraError: modules to save, or embeddings, whose names PEFT would also find elsewhere.
     """
-    named = {dotted(name): target for name, target in adapter.iter_names(plan.targets)}
-    every = [dotted(name) for site in sites for name in site.names]
+    named = {
+        part: target
+        for name, target in adapter.iter_names(plan.targets)
+        for part in names_of(dotted(name), fused)
+    }
+    every = [p for site in sites for name in site.names for p in names_of(dotted(name), fused)]
 
     def only(name: str) -> str:
         """A pattern for `name` alone: PEFT lets patterns match the end of longer names too."""
@@ -71,7 +78,12 @@ def to_settings(
     choice = Choice(lora)
     tops = [m for m in modules if choice.saves(m) and not choice.saves(m.rpartition("/")[0])]
     saved, known = (
-        {dotted(name) for path in paths for name in canonical.layer_paths(path, stacks)}
+        {
+            part
+            for path in paths
+            for name in canonical.layer_paths(path, stacks)
+            for part in names_of(dotted(name), fused)
+        }
         for paths in (tops, modules)
     )
     known |= {f"{name}.{own}" for name in named for own in _PEFTS}
@@ -133,20 +145,26 @@ def _ends(field: str, wanted: set[str], known: set[str]) -> list[str]:
     )
 
 
-def as_matched(lora: config.LoraConfig, modules: Iterable[str]) -> config.LoraConfig:
+def as_matched(lora: config.LoraConfig, modules: Iterable[str], fused: Fused) -> config.LoraConfig:
     """With `modules_to_save` that choose what they do in PEFT: there any end of a name matches.
 
     Args:
         lora: as read from PEFT's file.
         modules: paths of all modules.
+        fused: layers that have several names there.
     """
     if not lora.modules_to_save:
         return lora
-    names = [dotted(path) for path in modules]
+    names = {part: name for path in modules for name in [dotted(path)]
+             for part in names_of(name, fused)}  # fmt: skip
     ends: dict[str, None] = {}
     for pattern in lora.modules_to_save:
         depth = pattern.count(".") + 1
-        found = [".".join(n.split(".")[-depth:]) for n in names if n.endswith(pattern)]
+        found = [
+            name if name in fused else ".".join(name.split(".")[-depth:])
+            for part, name in names.items()
+            if part.endswith(pattern)
+        ]
         ends |= dict.fromkeys(found or [pattern])
     return dataclasses.replace(lora, modules_to_save=tuple(ends))
 

@@ -15,6 +15,7 @@ from jlora.errors import JloraError
 from jlora.fingerprint import Fingerprint
 from jlora.peft import config as peft_config
 from jlora.peft.config import CONFIG_FILE
+from jlora.peft.fused import fused_layers, join, renamed
 from jlora.peft.tensors import (
     FACTORS,
     PREFIX,
@@ -23,9 +24,11 @@ from jlora.peft.tensors import (
     Weights,
     base_weights,
     check_exportable,
+    demand_unrolled,
     table,
     tied_heads,
 )
+from jlora.targets import head_among
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 METADATA = "jlora"  # of the safetensors file: JSON that other programs pass over
@@ -167,15 +170,22 @@ def fit(
     if not stored.tensors:
         return stored
     leaves, read = base_weights(model, params)
-    modules = modules_of(leaves)
-    lora = peft_config.as_matched(stored.config, modules)
+    lora = stored.config
     try:
         if params is None:
-            plan, sites = injection.plan(model, lora), injection.sites(model)
-            stacks = injection.stacks(model)
+            sites, stacks = injection.sites(model), injection.stacks(model)
         else:
-            plan, sites = injection.planned(model, params, lora)
-            stacks = {}
+            sites, stacks = injection.planned(model, params)[1], {}
+            demand_unrolled(sites)
+        if fused := fused_layers(model, sites):
+            head = getattr(model, "output_head", None) or head_among(sites)
+            lora = renamed(lora, sites, head, fused)
+            stored = dataclasses.replace(stored, tensors=join(stored.tensors, fused))
+        lora = peft_config.as_matched(lora, modules_of(leaves), fused)
+        if params is None:
+            plan = injection.plan(model, lora)
+        else:
+            plan, _ = injection.planned(model, params, lora)
         check_exportable(plan, sites)
     except JloraError as error:
         raise JloraError(f"the adapter in {stored.where} is not for this model: {error}") from None

@@ -243,6 +243,19 @@ def base_weights(model: Any, params: Any = None) -> tuple[list[str], Weights]:
     return list(leaves), read
 
 
+def demand_unrolled(sites: Iterable[Site]) -> None:
+    """Demand that no layers of a Linen module are stacked.
+
+    Raises:
+        JloraError: some are, and have no names of their own.
+    """
+    if stacked := [site.path for site in sites if site.stacked]:
+        raise JloraError(
+            f"layers that nn.scan stacks have no names of their own: {', '.join(stacked[:5])}; "
+            "take the module with its layers unrolled"
+        )
+
+
 def check_exportable(plan: Plan, sites: Iterable[Site] = ()) -> None:
     """Refuse what the PEFT format has no place for.
 

@@ -12,11 +12,18 @@ import numpy as np
 from jlora import config, fingerprint, injection, paths
 from jlora.adapter import Site
 from jlora.checkpoint import StoredAdapter, gather
-from jlora.errors import JloraError
 from jlora.files import save_tensors
 from jlora.peft.config import CONFIG_FILE, to_settings
+from jlora.peft.fused import fused_layers, split
 from jlora.peft.read import METADATA, WEIGHTS_FILE, modules_of
-from jlora.peft.tensors import Weights, base_weights, check_exportable, table, tied_heads
+from jlora.peft.tensors import (
+    Weights,
+    base_weights,
+    check_exportable,
+    demand_unrolled,
+    table,
+    tied_heads,
+)
 from jlora.targets import Plan
 
 
@@ -35,6 +42,10 @@ def export_peft(
     left out; PEFT does not ask for them. A tied embedding that is trained as a whole is written
     under the output head's name too, with ensure_weight_tying: PEFT would otherwise part the two.
 
+    Names are the model's own, with dots. A layer that is several in Hugging Face's model is written
+    as these where the model's class says so: `fused_layers = {"qkv_proj": {"q_proj": 8, "k_proj":
+    4, "v_proj": 4}}`, with the number of outputs that each has, in their order.
+
     Args:
         path: a directory; an adapter that it holds already is replaced.
         model: a model that `inject` has been given; or an injected Linen module that has been
@@ -51,11 +62,7 @@ def export_peft(
         write_peft(path, model, gather(model, config), base_model=base_model)
         return
     plan, sites = injection.planned(model, params)
-    if stacked := [site.path for site in sites if site.stacked]:
-        raise JloraError(
-            f"layers that nn.scan stacks have no names of their own: {', '.join(stacked[:5])}; "
-            "export from the module with its layers unrolled"
-        )
+    demand_unrolled(sites)
     _write(Path(path), gather(model, config, params), plan, sites, base_model, model, params, None)
 
 
@@ -109,12 +116,15 @@ def _write(
         tensors[entry.key] = entry.to_torch(leaf, weights or read)
         if entry.twin is not None:
             tensors[entry.twin] = tensors[entry.key].copy()
+    fused = fused_layers(model, sites)
+    tensors = split(tensors, fused)
     settings = to_settings(
         stored.config,
         plan,
         sites,
         modules_of(leaves),
         stacks,
+        fused=fused,
         tied=any(entry.twin for entry in known.entries),
         base_model=base_model,
     )

@@ -5,7 +5,7 @@ import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -267,6 +267,53 @@ def test_there_and_back(tiny, tmp_path, case):
     # Names that are full paths keep PEFT from seeing that an embedding is targeted.
     assert_same_bits(resaved, {k: v for k, v in whole.items() if k in resaved})
     assert set(tensors(tmp_path / "ours")) <= set(resaved) <= set(whole)
+
+
+def test_a_fused_layer_is_three_in_torch(tmp_path):
+    class Fused(nnx.Module):
+        fused_layers: ClassVar = {"qkv": {"q": 4, "k": 2, "v": 6}}
+
+        def __init__(self):
+            self.attn = nnx.Dict(qkv=nnx.Linear(5, 12, rngs=nnx.Rngs(0)))
+
+        def __call__(self, x):
+            return self.attn["qkv"](x)
+
+    class Apart(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            sizes = {"q": 4, "k": 2, "v": 6}
+            self.attn = torch.nn.ModuleDict({n: torch.nn.Linear(5, k) for n, k in sizes.items()})
+
+        def forward(self, x):
+            return torch.cat([self.attn[name](x) for name in "qkv"], -1)
+
+    def apart() -> Any:
+        leaves = injection.partition(Fused(), everything=True)[0]
+        kernel, bias = (np.asarray(leaves[f"attn/qkv/{n}"]) for n in ("kernel", "bias"))
+        model, start = Apart(), 0
+        for layer in model.attn.values():
+            rows = slice(start, start := start + layer.out_features)
+            layer.weight.data = torch.tensor(kernel[:, rows].T.copy())
+            layer.bias.data = torch.tensor(bias[rows])
+        return model
+
+    config = jlora.LoraConfig(r=2, target_modules=["qkv"], bias="all", task_type="",
+                              init_lora_weights=False)  # fmt: skip
+    model = jlora.inject(Fused(), config, rngs=nnx.Rngs(1))
+    leaves = jlora.partition(model)[0]
+    injection.update(model, {path: leaf + 0.1 for path, leaf in leaves.items()})
+    jlora.export_peft(tmp_path / "ours", model, config)
+    theirs = read_by_peft(apart(), tmp_path / "ours")
+    x = np.linspace(-1, 1, 10, dtype=np.float32).reshape(2, 5)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(x)).numpy()
+    np.testing.assert_allclose(model(x), expected, atol=1e-5)
+    assert np.abs(apart()(torch.tensor(x)).detach().numpy() - expected).max() > 0.1
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = jlora.import_peft(tmp_path / "theirs", Fused())
+    for path, leaf in jlora.partition(model)[0].items():
+        np.testing.assert_array_equal(jlora.partition(again)[0][path], leaf, path)
 
 
 def test_the_table_is_long_enough():
