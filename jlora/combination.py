@@ -52,8 +52,9 @@ def combine_adapters(
     - With "_svd" after any of the four the same is done to the s A B, as the papers have it, and
       the result cut to `svd_rank`: without cross terms, but each s A B is formed.
 
-    PEFT 0.21.2 gives the same but for rsLoRA: where the first adapter has it, PEFT scales its
-    result by the square root of the new rank too much.
+    PEFT 0.21.2 gives the same but for two faults, which tests/parity/test_combine.py shows. Where
+    the first adapter has rsLoRA, its result is too large by the square root of the new rank. And
+    layers that the first leaves out, by layers_to_transform or exclude_modules, it leaves out too.
 
     Args:
         adapters: paths as for `load_adapter`, or what this function returned.
