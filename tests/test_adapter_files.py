@@ -373,8 +373,8 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
     "other type": (hand(peft_type="IA3"), ["peft_type is 'IA3', only 'LORA' is read"]),
     "no type": (hand(peft_type=None), ["peft_type is None"]),
     "unsupported": (
-        hand(use_dora=True, use_qalora=True, init_lora_weights="pissa", lora_bias=True, layers_pattern="h",
-             fan_in_fan_out=True, unheard_of=3),
+        hand(use_dora=True, use_qalora=True, init_lora_weights="pissa", lora_bias=True,
+             layers_pattern="h", fan_in_fan_out=True, unheard_of=3),
         ["not supported: ", "use_dora = True", "use_qalora = True",
          "init_lora_weights = 'pissa'", "lora_bias = True",
          "layers_pattern = 'h'",
@@ -404,7 +404,9 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
          "shape: base_model.model.layers.0.lora_A.weight is (2, 9), expected (2, 8)",
          "trained on another model"],
     ),
-    "other rank": (hand(r=4), ["shape: base_model.model.lm_head.lora_B.weight is (5, 2), expected (5, 4)"]),
+    "other rank": (
+        hand(r=4), ["shape: base_model.model.lm_head.lora_B.weight is (5, 2), expected (5, 4)"]
+    ),
     "other names": (
         hand(target_modules=["q_proj"]), ["target_modules: 'q_proj'; nearest: 0, 1, 2, lm_head"]
     ),

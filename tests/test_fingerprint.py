@@ -153,7 +153,9 @@ def test_another_base_is_refused_unless_forced(write: Callable, tmp_path: Path, 
     wide = Mlp(nnx.Rngs(0), width=9)
     with pytest.raises(JloraError, match=r"another base(.|\n)*7 parameters of another shape"):
         jlora.load_adapter(path, wide)
-    with pytest.raises(JloraError, match=r"does not fit:\n  shape: layers/0/lora_a is \(2, 8\)"):
+    with pytest.raises(
+        JloraError, match=r"does not fit:\n  shape: .*layers.0.lora_(a|A.weight) is \(2, 8\)"
+    ):
         jlora.load_adapter(path, wide, force=True)
 
 
@@ -255,9 +257,10 @@ def test_the_norm_of_an_adapter_is_reported(stacked: bool, tmp_path: Path, caplo
     merged = canonical.unstack(merged, {"layers": 3}) if stacked else merged
     expected = {path: float(jnp.linalg.norm(merged[path] - base[path])) for path in base}
     assert [path for path, norm in expected.items() if not norm] == ["layers/1/kernel"]
-    stored, plan = adapters.fitted(adapters.read(tmp_path / "a"), Mlp(nnx.Rngs(0)))
-    found = adapters.norms(stored, plan, {}, base)
+    stored, _ = adapters.fitted(adapters.read(tmp_path / "a"), Mlp(nnx.Rngs(0)))
+    found = adapters.norms(stored, base)
     del expected["layers/1/kernel"]
+    expected = {path.removesuffix("/kernel"): norm for path, norm in expected.items()}
     assert found == pytest.approx(expected, rel=1e-5)
     caplog.set_level(logging.INFO, "jlora")
     jlora.load_adapter(tmp_path / "a", Mlp(nnx.Rngs(0), stacked=stacked))
