@@ -1,5 +1,6 @@
 """Whole runs on a tiny model: what they leave on disk, how they stop, resume and refuse."""
 
+import dataclasses
 import json
 import math
 import os
@@ -380,7 +381,8 @@ def test_resuming_on_another_base_is_refused(settings, interrupted, tmp_path):
     other = write_model(tmp_path / "other", seed=1, num_hidden_layers=2)
     config = (again / "config.toml").read_text()
     (again / "config.toml").write_text(config.replace(tomllib.loads(config)["model"], str(other)))
-    message = refused(settings(again, model=other, resume=True), "was trained on another base")
+    resumed = dataclasses.replace(settings(again, resume=True), model=other)
+    message = refused(resumed, "was trained on another base")
     assert "other values in " in message
     assert message.endswith("restore that model, or start a new run")
 
