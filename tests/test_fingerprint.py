@@ -153,9 +153,7 @@ def test_another_base_is_refused_unless_forced(write: Callable, tmp_path: Path, 
     wide = Mlp(nnx.Rngs(0), width=9)
     with pytest.raises(JloraError, match=r"another base(.|\n)*7 parameters of another shape"):
         jlora.load_adapter(path, wide)
-    with pytest.raises(
-        JloraError, match=r"does not fit:\n  shape: .*layers.0.lora_(a|A.weight) is \(2, 8\)"
-    ):
+    with pytest.raises(JloraError, match=r"shape: .*layers.0.lora_(a|A.weight) is \(2, 8\)"):
         jlora.load_adapter(path, wide, force=True)
 
 
@@ -260,7 +258,8 @@ def test_the_norm_of_an_adapter_is_reported(stacked: bool, tmp_path: Path, caplo
     stored, _ = adapters.fitted(adapters.read(tmp_path / "a"), Mlp(nnx.Rngs(0)))
     found = adapters.norms(stored, base)
     del expected["layers/1/kernel"]
-    expected = {path.removesuffix("/kernel"): norm for path, norm in expected.items()}
+    adapted = {f"layers/{i}/kernel": f"layers/{i}" for i in (0, 2)}  # the head is saved whole
+    expected = {adapted.get(path, path): norm for path, norm in expected.items()}
     assert found == pytest.approx(expected, rel=1e-5)
     caplog.set_level(logging.INFO, "jlora")
     jlora.load_adapter(tmp_path / "a", Mlp(nnx.Rngs(0), stacked=stacked))
