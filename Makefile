@@ -6,7 +6,8 @@
 # make parity  against transformers and PEFT, in an environment with torch
 # make bench   our training step and PEFT's in alternation, for a machine with nothing else to do
 # make bench-qlora  our QLoRA step, our LoRA step and google-tunix with qwix, likewise
-# make bench-demo  what the demo learnt, and what PEFT learns from the same rows
+# make bench-demo  what the demo learnt, and what PEFT learns from the same rows; its answers merged
+# make bench-bank  rows on 16 adapters of a bank against one adapter, and switching
 
 PYTHON ?= python3
 VENV := .venv
@@ -16,7 +17,7 @@ FOREIGN := .venv-foreign
 AOT := .venv-aot
 
 .NOTPARALLEL:
-.PHONY: demo test lint foreign aot parity bench bench-qlora bench-demo format clean
+.PHONY: demo test lint foreign aot parity bench bench-qlora bench-demo bench-bank format clean
 
 # METHOD=qlora trains the same on a base of 4 bits, in runs/demo-qlora.
 METHOD ?= lora
@@ -60,6 +61,10 @@ bench-qlora: $(VENV)/installed $(FOREIGN)/installed
 # What `make demo` made, against PEFT on the same rows in the same order.
 bench-demo: demo $(PARITY)/installed
 	$(PARITY)/bin/python benchmarks/demo_vs_peft.py --run $(DEMO)
+	$(if $(filter lora,$(METHOD)),$(PARITY)/bin/python benchmarks/demo_merged.py --run $(DEMO))
+
+bench-bank: $(VENV)/installed
+	$(BIN)/python benchmarks/bank.py
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .

@@ -44,6 +44,8 @@ BLOCKS = {
     "qlora": 'jlora.load("models/smollm2"',
     "quantised, nnx": 'jlora.QuantConfig(kind="int8")',
     "quantised, linen": "jlora.QuantConfig(), params=params",
+    "bank": "jlora.Bank(",
+    "combined": "jlora.combine_adapters(",
 }
 
 
@@ -155,6 +157,46 @@ def test_the_plan(linen_model, capsys) -> None:
     )
     (table,) = [text for text in blocks("text") if "layers/attention" in text]
     assert capsys.readouterr().out == table
+
+
+def adapters_of(model: Any, paths: dict[str, int]) -> None:
+    """Save an adapter at each path, of this seed."""
+    config = jlora.LoraConfig(r=2, init_lora_weights=False)
+    for path, seed in paths.items():
+        jlora.inject(model, config, rngs=nnx.Rngs(seed))
+        jlora.save_adapter(path, model, config)
+        jlora.eject(model)
+
+
+def test_a_bank(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = jlora.load(write_model(tmp_path / "model"))
+    adapters_of(model, {"runs/french": 1, "runs/terse": 2})
+    tokens = TOKENS[:1].repeat(3, axis=0)
+    names: dict[str, Any] = {"jlora": jlora, "jax": jax, "model": model, "tokens": tokens}
+    names["prompts"] = list(np.asarray(tokens))
+    run(block("bank"), names)
+    alone = [model(tokens)[0]]
+    for path in ("runs/terse", "runs/french"):
+        alone.append(jlora.load_adapter(path, jlora.load(tmp_path / "model"))(tokens)[0])
+    rows = names["run"](*names["bank"].partition(names["rows"]), tokens)
+    for row, expected in zip(rows, alone[::-1], strict=True):
+        assert jnp.abs(row - expected).max() < 1e-5
+    assert jnp.abs(names["logits"] - alone[1]).max() < 1e-5
+    assert jnp.abs(alone[1] - alone[2]).max() > 0.01
+    assert len(names["answers"]) == 3
+
+
+def test_combined_adapters(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = nnx_model()
+    adapters_of(model, {"RUN1": 1, "RUN2": 2})
+    run(block("combined"), {"jlora": jlora})
+    updates = []
+    for path in ("RUN1", "RUN2", "both"):
+        merged = jlora.merge(jlora.load_adapter(path, nnx_model()))
+        updates.append(merged.layers[1].kernel[...] - model.layers[1].kernel[...])
+    assert jnp.abs(updates[2] - (0.7 * updates[0] + 0.3 * updates[1])).max() < 1e-6
 
 
 class Bare(nnx.Module):
