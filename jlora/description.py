@@ -32,18 +32,17 @@ def describe(path: str | Path, *, all_layers: bool = False) -> str:
     sizes = {name: norms.norm(update) for name, update in found.items()}
     form = "PEFT" if (where / peft.CONFIG_FILE).is_file() else "Orbax"
     about = [("adapter", f"{path} ({form})"), ("base model", _base_model(where) or "not said")]
+    if stored.base is not None:
+        about.append(("trained on", str(stored.base)))
     parts = [
         tables.render([*about, *settings(stored.config).items()], left=2),
         _layers(stored, found, sizes, all_layers),
         tables.render([(name, _size(n)) for name, n in _files(where).items()]),
     ]
     zero = [name for name, size in sizes.items() if size == 0]
-    strange = [name for name, size in sizes.items() if not math.isfinite(size)]
     if zero:
         what = "everywhere" if len(zero) == len(sizes) else f"at {_some(zero)}"
         parts.append(f"the update is zero {what}: it changes nothing there")
-    if strange:
-        parts.append(f"values that are not finite at {_some(strange)}: training diverged")
     return "\n\n".join(parts)
 
 

@@ -38,6 +38,13 @@ class Fingerprint:
     quant: dict[str, Any] = dataclasses.field(default_factory=dict)
     """kind, block_size and double_quant of the weights in codes, where there are some."""
 
+    def __str__(self) -> str:
+        """One line: class, size, a hash of the hashes, and the kind of quantised weights."""
+        size = sum(math.prod(shape) for shape in self.shapes.values())
+        whole = zlib.crc32("".join(self.hashes[p] for p in sorted(self.hashes)).encode())
+        kind = f", {self.quant['kind']}" if self.quant else ""
+        return f"{self.architecture}, {size:,d} parameters{kind}, hash {whole:08x}"
+
     def differences(self, other: "Fingerprint") -> list[str]:
         """What another base has otherwise, a line for each kind; hashes count where both have one.
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from flax import nnx
 from helpers import write_model
 
 import jlora
-from jlora import adapters, cli, comparison, injection, norms, tables
+from jlora import adapters, cli, comparison, description, injection, norms, tables
 from jlora.checkpoint import StoredAdapter
 from jlora.errors import JloraError
 
@@ -117,8 +118,14 @@ class TestInspect:
         assert lines[-1].startswith("the update is zero at model/layers/0/mlp/up_proj: ")
 
     def test_values_that_are_not_finite(self, write, capsys) -> None:
-        lines, _ = run(capsys, "inspect", write("a", change=lambda p, x: x / ("2/mlp" not in p)))
-        assert lines[-1].startswith("values that are not finite at model/layers/2/mlp/up_proj: ")
+        path = write("a", change=lambda p, x: x / ("2/mlp" not in p))
+        with pytest.raises(JloraError, match=r"not finite(.|\n)*layers.2.mlp.up_proj"):
+            description.describe(path)
+
+    def test_the_base(self, write, capsys) -> None:
+        lines, _ = run(capsys, "inspect", write("a"))
+        (line,) = [line for line in lines if line.startswith("trained on")]
+        assert re.search(r"CausalLM, [\d,]+ parameters, hash [0-9a-f]{8}", line)
 
     def test_what_is_trained_beside_factors(self, write, capsys) -> None:
         config = dataclasses.replace(CONFIG, modules_to_save=("norm",))

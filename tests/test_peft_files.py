@@ -625,7 +625,7 @@ def orbax_with(**changes: Any) -> Callable[[Path], None]:
             old = leaves.pop(path, None)
             if new is not None:
                 leaves[path] = new(old)
-        checkpoint.write_adapter(at, dataclasses.replace(stored, config=config, factors=leaves))
+        dataclasses.replace(stored, config=config, factors=leaves).save(at)
 
     return make
 

@@ -93,15 +93,16 @@ def test_a_run_from_before_there_was_a_setting(settings: TrainConfig, tmp_path: 
 def test_other_commands_quantise_as_the_run_did(settings: TrainConfig, tmp_path: Path) -> None:
     quant = jlora.QuantConfig(kind="fp4", double_quant=True)
     run(settings, output=tmp_path / "run", quant=quant)
-    given = commands.GenerateConfig(
-        model=settings.model, prompt=("a",), adapter=tmp_path / "run", dtype="float32"
+    given = commands.EvaluateConfig(
+        model=settings.model, data="", adapter=tmp_path / "run", dtype="float32"
     )
-    model, _ = cli._load(given)
+    model, _ = cli._load(given, [tmp_path / "run"])
+    jlora.load_adapter(tmp_path / "run", model)
     expected = jlora.load_adapter(tmp_path / "run", jlora.load(settings.model, quant=quant))
     np.testing.assert_array_equal(model(TOKENS), expected(TOKENS))
     # Quantised on disk, they stay what they are.
     load.quantize(settings.model, tmp_path / "small", jlora.QuantConfig())
-    model, _ = cli._load(dataclasses.replace(given, model=tmp_path / "small"))
+    model, _ = cli._load(dataclasses.replace(given, model=tmp_path / "small"), [tmp_path / "run"])
     assert model.model.layers[0].mlp.up_proj.kernel.get_value().kind == "nf4"
 
 
