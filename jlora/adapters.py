@@ -77,12 +77,15 @@ def read(path: str | Path | StoredAdapter) -> StoredAdapter:
     path = Path(path)
     if checkpoint.is_adapter(path):
         return checkpoint.read_adapter(path)
-    if (found := peft.locate(path)) is not None:  # of a finished run, that in its adapter/
-        return peft.read_peft(found)
+    for own in (path, path / "adapter"):  # that of a finished run
+        if (own / peft.CONFIG_FILE).is_file():
+            return peft.read_peft(own)
     if (path / "model" / "config.json").is_file():
         raise JloraError(f"{path} trained all weights and has no adapter: use --model {path}/model")
     if _checkpoints(path):  # a run that goes on, or was stopped
         return read_newest_checkpoint(path)
+    if (found := peft.locate(path)) is not None:
+        return peft.read_peft(found)
     raise JloraError(
         f"{path} holds no adapter; expected a run (adapter/ or checkpoints/), an adapter "
         f"checkpoint (adapters/ and meta/) or a PEFT directory ({peft.CONFIG_FILE})"

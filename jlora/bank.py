@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jlora import adapters, injection
+from jlora import adapters, fingerprint, injection
 from jlora.adapter import LORA_A, LORA_B, Site
 from jlora.checkpoint import StoredAdapter
 from jlora.config import LoraConfig
@@ -95,7 +95,8 @@ class Bank:
         """
         if not paths:
             raise JloraError("a bank of no adapters has no rank: give its configuration instead")
-        plans = [injection.plan(model, adapters.read(path).config) for path in paths.values()]
+        read = {name: adapters.read(path) for name, path in paths.items()}
+        plans = [adapters.fitted(stored, model, force=force)[1] for stored in read.values()]
         targets = [target for plan in plans for target in plan.targets]
         rank = max((max(target.ranks) for target in targets), default=0)
         if not rank:
@@ -104,8 +105,8 @@ class Bank:
                 "holds these alone"
             )
         bank = cls(model, _room((t.site for t in targets), rank), capacity=len(paths))
-        for name, path in paths.items():
-            bank.add(name, path, force=force)
+        for name, stored in read.items():
+            bank.add(name, stored, force=force)
         return bank
 
     @property
@@ -141,7 +142,7 @@ class Bank:
                 f"the bank is full with {self.capacity} adapters: delete one of "
                 f"{', '.join(self.names[:SHOWN])}, or make a bank of more capacity"
             )
-        values = self._values(name, self._loaded(adapter, force))
+        values = self._values(name, self._loaded(adapter, force), force)
         slot = min(free)
         self._slots = _write(self._slots, values, np.int32(slot), axes=self._axes)
         self._held[name] = slot
@@ -198,7 +199,7 @@ class Bank:
         Args:
             rows: the name of each row's adapter, or None for the base alone. The model is then to
                 be run on as many rows, which must be the first axis of what each adapted layer is
-                given (not checked under a vmap of your own). If left out, all rows use the active
+                given (of which only the size is checked). If left out, all rows use the active
                 adapter.
 
         Raises:
@@ -238,9 +239,15 @@ class Bank:
         if isinstance(adapter, str | Path | StoredAdapter):
             view = _view(self._model)
             return adapters.load_adapter(adapter, view, force=force, allow_zero=force)
+        differs = fingerprint.of(adapter).differences(fingerprint.of(self._model))
+        if differs and not force:
+            raise JloraError(
+                "\n  ".join(["the model's base is another than the bank's:", *differs])
+                + "\nforce=True takes its adapter all the same"
+            )
         return adapter
 
-    def _values(self, name: str, model: Any) -> dict[str, np.ndarray]:
+    def _values(self, name: str, model: Any, force: bool) -> dict[str, np.ndarray]:
         """The slot's content for a model's adapters, scaled and padded.
 
         Raises:
@@ -272,6 +279,8 @@ class Bank:
                     scaling = np.asarray(scalings[site.path], np.float32)
                     value = value * scaling.reshape(scaling.shape + (1,) * (leaf.ndim - 1))
                 room[(*[slice(None)] * at, slice(r))] = value
+                if not np.isfinite(value).all():
+                    problems.append(f"values that are not finite: {path}")
         if problems:
             raise JloraError(
                 "\n  ".join([f"{name!r} does not fit the bank:", *problems[:SHOWN]])
@@ -279,6 +288,9 @@ class Bank:
                 + "\nmake a bank whose configuration has these targets and ranks, or Bank.of the "
                 "adapters; what is no low-rank factor has no room in any, but in a model of its own"
             )
+        factors = ((p, p.removesuffix(LORA_B) + LORA_A) for p in values if p.endswith(LORA_B))
+        if not force and not any(values[b].any() and values[a].any() for b, a in factors):
+            raise JloraError(f"{name!r} changes nothing, its factors are zero; force=True takes it")
         return values
 
 

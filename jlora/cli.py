@@ -192,12 +192,13 @@ def combine(settings: commands.CombineConfig) -> None:
     if model is None:
         stored.save(to)
     else:
-        peft.write_peft(to, load.abstract(model), stored, base_model=str(model))
+        base = str(model.parent if model.is_file() else model)
+        peft.write_peft(to, load.abstract(model), stored, base_model=base)
     print(f"wrote {to}")
 
 
 def diff(settings: commands.DiffConfig) -> None:
-    """Print how two adapters differ. Exits with 0 where both add the same to the base, else 1."""
+    """Print how two adapters differ. Exits with 0 where both hold the same bits, else 1."""
     from jlora import comparison
 
     found = comparison.compare(settings.a, settings.b)

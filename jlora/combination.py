@@ -6,6 +6,7 @@ Each weight is treated on its own, with the adapters that change it, and each ex
 import collections
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -132,6 +133,8 @@ def _check_arguments(
     majority_sign_method: str,
 ) -> None:
     problems = []
+    if isinstance(adapters, str):
+        problems.append(f"adapters is {adapters!r}: give a list of paths")
     if not adapters:
         problems.append("adapters is empty: give at least one")
     if len(adapters) != len(weights):
@@ -233,9 +236,13 @@ def _config(
     ):
         target_modules, exclude_modules, layers = choices[0]
     else:
-        target_modules, exclude_modules, layers = tuple(map(dotted, ranks)), None, None
+        # A list of names would match the ends of longer ones.
+        names = "|".join(re.escape(dotted(name)) for name in ranks)
+        target_modules, exclude_modules, layers = names, None, None
     ((r, _),) = collections.Counter(ranks.values()).most_common(1)
-    own: dict[str, Any] = {f"^{dotted(name)}": rank for name, rank in ranks.items() if rank != r}
+    own: dict[str, Any] = {
+        f"^{re.escape(dotted(name))}": rank for name, rank in ranks.items() if rank != r
+    }
     return dataclasses.replace(
         read[0].config,
         r=r,

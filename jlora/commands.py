@@ -67,8 +67,8 @@ class GenerateConfig(Strict):
     prompt: tuple[str, ...] = ()
     """One user turn each."""
     prompts: Path | None = None
-    """Or a JSONL file of rows {"prompt": "...", "adapter": "NAME", "system": "..."}, the last two
-    optional; null is the base alone. Each row is printed with its "answer"."""
+    """Or a JSONL, JSON or Parquet file of rows {"prompt": "...", "adapter": "NAME", "system":
+    "..."}, the last two optional; null is the base alone. Each row is printed with its "answer"."""
     adapter: UseAppendAction[tuple[tuple[str, ...], ...]] = ()
     """A run, an Orbax adapter or a PEFT directory; or several, NAME=DIR each, for --prompts."""
     force: bool = False
@@ -93,6 +93,8 @@ class GenerateConfig(Strict):
             raise JloraError(
                 f"generate takes one of --prompt TEXT and --prompts FILE; {given} given"
             )
+        if () in self.adapter:
+            raise JloraError("--adapter is given without a value; leave it out for the base alone")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

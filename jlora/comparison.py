@@ -12,6 +12,7 @@ from jlora import adapters, norms, tables
 from jlora.checkpoint import StoredAdapter
 from jlora.config import LoraConfig
 from jlora.description import rows_of, text
+from jlora.errors import JloraError
 from jlora.updates import Update, others, updates
 
 
@@ -56,7 +57,7 @@ class Difference:
 
     @property
     def same(self) -> bool:
-        """Whether both add the same to each weight; settings may be written in other words."""
+        """Whether both hold the same bits for each weight; settings may be in other words."""
         apart = self.only_a or self.only_b or self.unlike
         return not apart and all(change.same for change in self.changes.values())
 
@@ -94,7 +95,7 @@ class Difference:
             total = ("total", "", "", *_numbers([self.total]))
             parts.append(tables.render([header, *body, total]))
         if self.same:
-            parts.append("both adapters add the same to each weight, bit for bit")
+            parts.append("both adapters hold the same for each weight, bit for bit")
         return "\n\n".join(parts)
 
     __str__ = table
@@ -107,9 +108,15 @@ def compare(a: str | Path | StoredAdapter, b: str | Path | StoredAdapter) -> Dif
     but in their bits.
 
     Raises:
-        JloraError: nothing readable at a path; factors that are not what their configuration says.
+        JloraError: nothing readable at a path; factors that are not what their configuration says;
+            biases, saved modules or token rows in two different forms.
     """
     one, two = adapters.read(a), adapters.read(b)
+    if bool(one.tensors) != bool(two.tensors) and (others(one) or others(two)):
+        raise JloraError(
+            f"{one.where} and {two.where} are in different forms, and train more than factors, "
+            "which only a model can match: jlora import writes a PEFT directory as an Orbax adapter"
+        )
     ours: dict[str, Any] = {**updates(one), **others(one)}
     theirs: dict[str, Any] = {**updates(two), **others(two)}
     both = [path for path in ours if path in theirs]

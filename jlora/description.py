@@ -42,7 +42,7 @@ def describe(path: str | Path, *, all_layers: bool = False) -> str:
     zero = [name for name, size in sizes.items() if size == 0]
     if zero:
         what = "everywhere" if len(zero) == len(sizes) else f"at {_some(zero)}"
-        parts.append(f"the update is zero {what}: it changes nothing there")
+        parts.append(f"the low-rank update is zero {what}: it changes nothing there")
     return "\n\n".join(parts)
 
 
@@ -80,7 +80,9 @@ def _layers(
         norm = tables.span([sizes[path] for path in own]) if own[0] in sizes else ""
         lines.append((name, *start, norm, tables.times(len(own), int(count))))
         total += len(own) * int(count)
-    lines.append(("total", "", "", "", f"{math.hypot(*sizes.values()):.3g}", f"{total:,d}"))
+    # What else is trained has a norm only beside the base.
+    norm = "" if more else f"{math.hypot(*sizes.values()):.3g}"
+    lines.append(("total", "", "", "", norm, f"{total:,d}"))
     return tables.render(lines, left=2)
 
 

@@ -1,5 +1,6 @@
 """Plain-text tables, in which layers that are alike share a row."""
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 
@@ -47,7 +48,9 @@ def times(count: int, size: int) -> str:
 
 def span(values: Sequence[float]) -> str:
     """The smallest and the largest of some numbers, once where they look alike."""
-    ends = dict.fromkeys(f"{value:.3g}" for value in (min(values), max(values)))
+    unknown = [value for value in values if math.isnan(value)]
+    least, most = unknown[:1] * 2 or (min(values), max(values))
+    ends = dict.fromkeys(f"{value:.3g}" for value in (least, most))
     return " to ".join(ends)
 
 

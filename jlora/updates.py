@@ -70,7 +70,8 @@ def updates(stored: StoredAdapter) -> dict[str, Update]:
     """Canonical path of each adapted weight's module, of a plain parameter itself -> its update.
 
     Which axis is the rank follows from the configuration. Where the axes after it have that size
-    too, in both factors, the first are taken for experts.
+    too, in both factors, the base's shapes tell whether the first are experts; of an adapter that
+    does not know its base they are taken for that.
 
     Raises:
         JloraError: a factor without the other, or of another rank than the configuration says; all
@@ -86,7 +87,7 @@ def updates(stored: StoredAdapter) -> dict[str, Update]:
         b = stored.factors.get(path_b)
         if b is None:
             problems.append(f"{path_a} is there without {path_b}")
-        elif (batch := _batch(r, a.shape, b.shape)) is None:
+        elif (batch := _batch(r, a.shape, b.shape, _sizes(stored, name))) is None:
             problems.append(f"{name}: factors {a.shape} and {b.shape}, where the rank is {r}")
         else:
             scaling = stored.config.scaling(r, alpha)
@@ -129,8 +130,17 @@ def _names(name: str, *, plain: bool) -> tuple[str, ...]:
     return tuple(map(dotted, (name, *above)))
 
 
-def _batch(r: int, a: tuple[int, ...], b: tuple[int, ...]) -> int | None:
-    """The number of batch axes of two factors of rank `r`."""
+def _sizes(stored: StoredAdapter, name: str) -> set[int]:
+    """How many values the base's leaves at a path have, and those of the module there."""
+    shapes = {} if stored.base is None else stored.base.shapes
+    return {math.prod(s) for p, s in shapes.items() if p == name or p.startswith(f"{name}/")}
+
+
+def _batch(r: int, a: tuple[int, ...], b: tuple[int, ...], sizes: set[int]) -> int | None:
+    """The number of batch axes of two factors of rank `r`, of a weight of one of the sizes."""
     possible = range(min(len(a), len(b)) - 1)
     found = [n for n in possible if a[n] == b[n] == r and a[:n] == b[:n]]
+    if len(found) > 1:
+        fitting = [n for n in found if math.prod((*a[:n], *a[n + 1 :], *b[n + 1 :])) in sizes]
+        found = fitting or found
     return found[-1] if found else None

@@ -480,3 +480,13 @@ class TestSaving:
         with pytest.raises(JloraError, match=message):
             write(tmp_path / "p", injected(), config)
         assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_is_read_as_its_own_adapter(tmp_path: Path) -> None:
+    """Not as what was exported into its directory."""
+    run = tmp_path / "run"
+    orbax(run / "checkpoints" / "7")
+    exported(run / "export")
+    assert adapters.read(run).where == str(run / "checkpoints" / "7")
+    exported(run / "adapter")
+    assert adapters.read(run).where == str(run / "adapter")

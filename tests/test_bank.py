@@ -1,5 +1,6 @@
 """A bank of adapters: each row as its adapter alone, switches without compiling, bookkeeping."""
 
+import dataclasses
 import re
 
 import jax
@@ -194,6 +195,28 @@ def test_what_add_takes(tmp_path):
     expected = run(*jlora.partition(alone), tokens)
     np.testing.assert_allclose(run(*of.partition(), tokens), expected, atol=1e-5)
     np.testing.assert_allclose(run(*bank.partition(), tokens), expected, atol=1e-5)
+
+
+def test_models_that_add_refuses():
+    model = tiny()
+    config = CONFIGS["late"]
+    bank = jlora.Bank(model, ROOM)
+    untrained = jlora.inject(
+        tiny(), dataclasses.replace(config, init_lora_weights=True), rngs=nnx.Rngs(0)
+    )
+    with pytest.raises(JloraError, match="'zero' changes nothing"):
+        bank.add("zero", untrained)
+    bank.add("zero", untrained, force=True)
+    broken = adapted(tiny(), config)
+    trained, _ = jlora.partition(broken)
+    path = next(path for path in trained if path.endswith("lora_b"))
+    injection.update(broken, trained | {path: trained[path] * jnp.nan})
+    with pytest.raises(JloraError, match=f"not finite: {path}"):
+        bank.add("broken", broken)
+    other = adapted(tiny(scan_layers=True), config)
+    with pytest.raises(JloraError, match=r"base is another(.|\n)*other values in 16 of 21"):
+        bank.add("other", other)
+    assert bank.names == ("zero",)
 
 
 def test_a_bank_of_adapters_has_room_for_the_ranks_and_targets_of_all(tmp_path):

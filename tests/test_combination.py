@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jlora
-from jlora import adapters, cli, combination, injection, mixture, peft, updates
+from jlora import adapters, checkpoint, cli, combination, injection, mixture, peft, updates
 from jlora.checkpoint import StoredAdapter
 from jlora.errors import JloraError
 from jlora.fingerprint import Fingerprint
@@ -209,10 +209,29 @@ class TestConfiguration:
         assert found.config == jlora.LoraConfig(
             r=5,
             lora_alpha=5,
-            target_modules=("m.q", "m.k", "m.v"),
-            rank_pattern={"^m.k": 2, "^m.v": 3},
-            alpha_pattern={"^m.k": 2, "^m.v": 3},
+            target_modules=r"m\.q|m\.k|m\.v",
+            rank_pattern={r"^m\.k": 2, r"^m\.v": 3},
+            alpha_pattern={r"^m\.k": 2, r"^m\.v": 3},
         )
+
+    def test_names_that_end_in_others(self) -> None:
+        class Block(nnx.Module):
+            def __init__(self, rngs: nnx.Rngs):
+                self.head, self.proj = (nnx.Linear(4, 4, rngs=rngs) for _ in range(2))
+
+        class Model(nnx.Module):
+            def __init__(self) -> None:
+                rngs = nnx.Rngs(0)
+                self.block, self.head = Block(rngs), nnx.Linear(4, 4, rngs=rngs)
+
+        read = []
+        for seed, names in enumerate((r"head", r"block\.proj")):
+            config = jlora.LoraConfig(r=2, target_modules=names, init_lora_weights=False)
+            model = jlora.inject(Model(), config, rngs=nnx.Rngs(seed))
+            read.append(checkpoint.gather(model, config))
+        combined = jlora.combine_adapters(read, [1, 1], "cat")
+        trained, _ = injection.partition(jlora.load_adapter(combined, Model()))
+        assert {path.rpartition("/")[0] for path in trained} == {"head", "block/proj"}
 
     @pytest.mark.parametrize("stacked", [False, True])
     def test_on_a_model(self, stacked: bool, tmp_path: Path) -> None:

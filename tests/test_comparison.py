@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import write_model
+from helpers import Mlp, write_model
 
 import jlora
 from jlora import adapters, cli, comparison, description, injection, norms, tables
@@ -112,10 +113,10 @@ class TestInspect:
     def test_an_update_that_does_nothing(self, write, capsys) -> None:
         fresh = dataclasses.replace(CONFIG, init_lora_weights=True)
         lines, _ = run(capsys, "inspect", write("a", fresh))
-        assert lines[-1] == "the update is zero everywhere: it changes nothing there"
+        assert lines[-1] == "the low-rank update is zero everywhere: it changes nothing there"
         one = write("b", change=lambda path, x: x * ("0/mlp" not in path))
         lines, _ = run(capsys, "inspect", one)
-        assert lines[-1].startswith("the update is zero at model/layers/0/mlp/up_proj: ")
+        assert lines[-1].startswith("the low-rank update is zero at model/layers/0/mlp/up_proj: ")
 
     def test_values_that_are_not_finite(self, write, capsys) -> None:
         path = write("a", change=lambda p, x: x / ("2/mlp" not in p))
@@ -142,7 +143,7 @@ class TestDiff:
         a, b = write("orbax"), write("peft")
         lines, status = run(capsys, "diff", a, b)
         assert status == 0
-        assert lines[-1] == "both adapters add the same to each weight, bit for bit"
+        assert lines[-1] == "both adapters hold the same for each weight, bit for bit"
         assert cells(lines, "total")[-2:] == ["same bits", "1"]
         named = [line.split()[0] for line in lines[: lines.index("")]]
         assert named == ["setting", "rank_pattern", "init_lora_weights"]
@@ -248,3 +249,18 @@ def test_a_configuration_that_is_damaged(write, tmp_path: Path) -> None:
     (path / "adapter_config.json").write_text(json.dumps(settings | {"r": 5}))
     with pytest.raises(JloraError, match=r"(?s)not what its configuration says.*rank is 5"):
         comparison.compare(path, path)
+
+
+def test_leaves_that_only_a_model_can_match(tmp_path: Path) -> None:
+    config = jlora.LoraConfig(r=2, target_modules=("layers.0",), modules_to_save=["lm_head"])
+    model = jlora.inject(Mlp(nnx.Rngs(0)), config, rngs=nnx.Rngs(1))
+    jlora.save_adapter(tmp_path / "orbax", model, config)
+    jlora.export_peft(tmp_path / "peft", model, config)
+    with pytest.raises(JloraError, match=r"in different forms(.|\n)*jlora import"):
+        comparison.compare(tmp_path / "orbax", tmp_path / "peft")
+    assert comparison.compare(tmp_path / "peft", tmp_path / "peft").same
+
+
+def test_a_span_of_unknown_numbers_is_unknown() -> None:
+    assert tables.span([1.0, math.nan, 2.0]) == "nan"
+    assert tables.span([1.0, 2.0]) == "1 to 2"

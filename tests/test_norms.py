@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jlora
-from jlora import injection, norms, updates
+from jlora import adapters, injection, norms, updates
 from jlora.checkpoint import StoredAdapter, gather
 from jlora.errors import JloraError
 
@@ -130,3 +130,21 @@ def test_a_saved_adapter(tmp_path: Path) -> None:
     jlora.export_peft(tmp_path / "peft", model, config)
     read = [jlora.adapters.read(tmp_path / form) for form in ("orbax", "peft")]
     assert norms.delta_norms(read[0]) == norms.delta_norms(read[1])
+
+
+def test_experts_are_told_from_factored_axes_by_the_base(tmp_path: Path) -> None:
+    """Both factors' next axes are as many as the rank: what the base's shape says is right."""
+
+    class Model(nnx.Module):
+        def __init__(self) -> None:
+            rngs = nnx.Rngs(0)
+            self.mix = nnx.LinearGeneral((2, 3), (2, 4), axis=(-2, -1), rngs=rngs)
+            self.head = nnx.Linear(3, 2, rngs=rngs)
+
+    config = jlora.LoraConfig(r=2, target_modules=("mix",), init_lora_weights=False)
+    model = jlora.inject(Model(), config, rngs=nnx.Rngs(1))
+    jlora.save_adapter(tmp_path / "a", model, config)
+    read = adapters.read(tmp_path / "a")
+    change = jlora.merge(model).mix.kernel[...] - Model().mix.kernel[...]
+    assert norms.delta_norms(read) == pytest.approx({"mix": float(jnp.linalg.norm(change))})
+    jlora.load_adapter(jlora.combine_adapters([read], [1], "cat"), Model())

@@ -135,6 +135,7 @@ def test_flags_that_do_not_say_enough(home, tmp_path, fails):
     a, b = home / "a", home / "b"
     assert "neither was given" in fails("--adapter", a)
     assert "both were given" in fails("--prompt", "x", "--prompts", file)
+    assert "--adapter is given without a value" in fails("--prompt", "x", "--adapter")
     assert f"{a} has no name; {b} has no name" in fails("--prompts", file, "--adapter", a, b)
     said = fails("--prompts", file, "--adapter", f"x={a}", f"x={b}")
     assert "'x' is given 2 times; several adapters are told apart by names" in said
