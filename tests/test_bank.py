@@ -359,7 +359,7 @@ def test_all_that_does_not_fit_is_named_at_once():
         rngs=nnx.Rngs(0),
     )
     with pytest.raises(JloraError, match=re.escape("lora_a is (1, 5), expected (2, 4)")):
-        bank.add("x", wider)
+        bank.add("x", wider, force=True)
     assert contents(bank) == before
 
 
