@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from test_quantised_memory import write_weights
 
 import jlora
-from jlora import adapter, cli, injection, merging
+from jlora import adapter, adapters, cli, injection, merging, verify
 from jlora.commands import MergeConfig
 from jlora.errors import JloraError
 from jlora.models import load
@@ -284,6 +284,20 @@ def test_a_broken_merge_is_caught(kind: str, dtype: str, home, tmp_path, monkeyp
     with pytest.raises(JloraError, match="is not the adapted one, and was not kept"):
         merge(home, home / "a", tmp_path / "m", dtype=dtype, verify=home / "prompts.txt")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_not_a_number_in_any_prompt_is_caught(home: Path, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "free", tie_word_embeddings=False, **SIZES)
+    save(tmp_path / "a", jlora.load(model))
+    merge(home, tmp_path / "a", tmp_path / "m", model=model)
+    own = load_file(tmp_path / "m" / "model.safetensors")
+    own["model.embed_tokens.weight"][100] = np.nan
+    save_file(own, tmp_path / "m" / "model.safetensors")
+    stored = adapters.read(tmp_path / "a")
+    prompts = [np.arange(5, 15, dtype=np.int32), np.arange(95, 105, dtype=np.int32)]
+    for asked in (prompts, prompts[::-1]):
+        with pytest.raises(JloraError, match="differ by at most nan"):
+            verify.compare(lambda: load.load(model), stored, tmp_path / "m", asked, eps=1e-7)
 
 
 def test_the_bound_and_the_prompts_are_the_users(home: Path, tmp_path: Path) -> None:
