@@ -84,24 +84,20 @@ def merge(settings: MergeConfig, *, quant: QuantConfig | None = None) -> Merged:
         quant = None
     into = _choose(settings, bool(tensors.quantised), quant)
     model = load.abstract(model_dir)
+    adapters.check_base(stored, fingerprint.of_directory(model_dir), force=settings.force)
     leaves, _ = injection.partition(model, everything=True)
-    tied = model.config.tie_word_embeddings
-    load.check(model_dir, leaves, {}, tensors, tied)
     places = {}
     for path, leaf in leaves.items():
         name, transposed = families.hf_name(path)
         shape = tuple(reversed(leaf.shape)) if transposed else leaf.shape
         places[name] = _Place(path, transposed, shape)
-    base = _leaves(tensors, places)
-    here = fingerprint.of_leaves(type(model).__name__, base, {})
-    adapters.check_base(stored, here, force=settings.force)
     packed = load.mark(model, tensors, quant)
     read = load.weights_of(model_dir)
     stored, plan = adapters.fitted(stored, model, weights=read, force=settings.force)
-    whole = {name: place for name, place in places.items() if place.path in plan.whole}
-    found = adapters.norms(stored, dict(_leaves(tensors, whole)))
+    whole = {path: leaf for path, leaf in load.views(model_dir, model) if path in plan.whole}
+    found = adapters.norms(stored, whole)
     adapters.report(stored, found, allow_zero=settings.force)
-    if tied and "lm_head.weight" in tensors.shapes():  # a copy, which is to stay one
+    if model.config.tie_word_embeddings and "lm_head.weight" in tensors.shapes():  # a copy, which is to stay one
         places["lm_head.weight"] = places["model.embed_tokens.weight"]
     weights = _Weights(settings, tensors, places, stored, plan, packed, quant, into)
     prompts = None
@@ -136,16 +132,6 @@ class _Place(NamedTuple):
     transposed: bool
     shape: tuple[int, ...]
     """On disk."""
-
-
-def _leaves(tensors: Tensors, places: Mapping[str, _Place]) -> Iterator[tuple[str, Any]]:
-    """(path, leaf) as it lies on disk, to look at few of its values; of codes just the shape."""
-    for name, place in places.items():
-        if name in tensors.quantised:
-            yield place.path, jax.ShapeDtypeStruct(place.shape[::-1], jnp.float32)
-        else:
-            view = tensors.view(name)
-            yield place.path, view.T if place.transposed else view
 
 
 def _choose(settings: MergeConfig, quantised: bool, quant: QuantConfig | None) -> str:

@@ -158,6 +158,30 @@ def weights_of(model_dir: str | Path) -> Callable[[str], np.ndarray | None]:
     return read
 
 
+def views(model_dir: Path, model: CausalLM) -> Iterator[tuple[str, Any]]:
+    """(path, leaf) of each parameter as it lies on disk, to look at few of its values.
+
+    Args:
+        model_dir: a Hugging Face directory.
+        model: its model with its layers unrolled; may be abstract.
+
+    Yields:
+        What reads values as they are looked at; of what is quantised a jax.ShapeDtypeStruct.
+
+    Raises:
+        JloraError: weights that are not the model's, as for `load`.
+    """
+    tensors = Tensors(model_dir)
+    leaves, _ = injection.partition(model, everything=True)
+    check(model_dir, leaves, {}, tensors, model.config.tie_word_embeddings)
+    for path, leaf in leaves.items():
+        name, transposed = families.hf_name(path)
+        if name in tensors.quantised:
+            yield path, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        else:
+            yield path, tensors.view(name).T if transposed else tensors.view(name)
+
+
 def save(model: CausalLM, to: Path, *, source: Path) -> None:
     """Write a Hugging Face directory: the model's weights in its dtype, the rest from `source`.
 
