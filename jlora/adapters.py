@@ -15,6 +15,8 @@ from jlora.checkpoint import StoredAdapter
 from jlora.errors import JloraError
 from jlora.fingerprint import Fingerprint
 from jlora.norms import delta_norms
+from jlora.quant import checks
+from jlora.quant.array import QuantArray
 from jlora.targets import Plan
 from jlora.updates import others
 
@@ -145,6 +147,7 @@ def apply(
             f"{stored.where} has; load it on a fresh model, or jlora.eject(model) first"
         )
     whole = {path: leaves[path] for path in plan.whole}
+    checks.whole([path for path, leaf in whole.items() if isinstance(leaf, QuantArray)])
     report(stored, norms(stored, canonical.unstack(whole, stacks)), allow_zero=allow_zero)
     if not trained:
         injection.inject(model, stored.config, rngs=jax.random.key(0), training=False)

@@ -25,6 +25,7 @@ from jlora.errors import JloraError
 from jlora.files import demand_free, new_directory, write_tensors, write_text
 from jlora.models import families, load
 from jlora.models.tensors import INDEX, Tensors
+from jlora.quant import checks
 from jlora.quant.array import QuantArray
 from jlora.quant.quantize import quantize_rows
 from jlora.targets import Plan
@@ -94,6 +95,7 @@ def merge(settings: MergeConfig, *, quant: QuantConfig | None = None) -> Merged:
     packed = load.mark(model, tensors, quant)
     read = load.weights_of(model_dir)
     stored, plan = adapters.fitted(stored, model, weights=read, force=settings.force)
+    checks.whole([path for path in plan.whole if path in packed])
     whole = {path: leaf for path, leaf in load.views(model_dir, model) if path in plan.whole}
     found = adapters.norms(stored, whole)
     adapters.report(stored, found, allow_zero=settings.force)

@@ -220,6 +220,23 @@ def test_a_quantised_directory_is_dequantised(home: Path, tmp_path: Path) -> Non
         merge(home, home / "q", tmp_path / "o", model=small, into="original")
 
 
+def test_what_is_saved_whole_and_quantised_is_refused(home: Path, tmp_path: Path) -> None:
+    free = write_model(tmp_path / "free", tie_word_embeddings=False, **SIZES)
+    config = dataclasses.replace(CONFIG, target_modules=("q_proj",), modules_to_save=("lm_head",))
+    save(tmp_path / "a", jlora.load(free), config)
+    quant = dataclasses.replace(QUANT, target_modules=("q_proj", "lm_head"))
+    load.quantize(free, tmp_path / "small", quant)
+    said = "^lm_head/kernel: what is quantised cannot be trained as a whole"
+    with pytest.raises(JloraError, match=said):
+        merge(home, tmp_path / "a", tmp_path / "m", model=tmp_path / "small")
+    assert not (tmp_path / "m").exists()
+    model = jlora.load(tmp_path / "small")
+    graphdef = nnx.graphdef(model)
+    with pytest.raises(JloraError, match=said):
+        jlora.load_adapter(tmp_path / "a", model)
+    assert nnx.graphdef(model) == graphdef
+
+
 def test_another_base_or_an_untrained_adapter(home: Path, tmp_path: Path) -> None:
     other = write_model(tmp_path / "other", seed=1, **SIZES)
     with pytest.raises(JloraError, match=r"another base than this:\n  other values in 1"):
