@@ -64,7 +64,8 @@ class Merged:
 def merge(settings: MergeConfig, *, quant: QuantConfig | None = None) -> Merged:
     """Write a model directory with the adapter in its weights: shards and names as they were.
 
-    At most a few blocks of rows are in memory, and a quantised weight's codes.
+    Beside the adapter, which has whole what was saved as a whole, a few blocks of rows are in
+    memory, and a quantised weight's codes; what the adapter replaces is mapped while it is compared.
 
     Args:
         settings: from where to where; into which weights, where there is a choice.
