@@ -229,7 +229,7 @@ class _Weights:
         q = self._quantised(name, path)
         for rows in _blocks(shape):
             if not adapted and q is None:
-                yield self.tensors.read(name, rows).astype(dtype, copy=False)
+                yield _rounded(self.tensors.read(name, rows), dtype, name)
                 continue
             base = {}
             if name not in self.tensors.quantised:
@@ -239,7 +239,7 @@ class _Weights:
             seen = "original" if q is None else "dequantized"
             self.read += _squares(base[seen]) if adapted else 0
             values = {into: self._changed(w, path, rows, transposed) for into, w in base.items()}
-            written = {into: value.astype(dtype) for into, value in values.items()}
+            written = {into: _rounded(value, dtype, name) for into, value in values.items()}
             for into in self.errors:
                 value = written[into if into in base else seen]
                 self.errors[into] += _squares(value.astype(np.float32) - values[seen])
@@ -287,6 +287,22 @@ class _Weights:
                 if rows.start <= row < rows.stop:
                     weight[row - rows.start] += more
         return weight
+
+
+def _rounded(values: np.ndarray, dtype: Any, name: str) -> np.ndarray:
+    """Values in the dtype that they are written in.
+
+    Raises:
+        JloraError: some are beyond it.
+    """
+    with np.errstate(over="ignore"):
+        rounded = values.astype(dtype, copy=False)
+    if rounded is not values and (np.isfinite(values) & ~np.isfinite(rounded)).any():
+        raise JloraError(
+            f"{name}: values beyond the largest of {dtype}, {float(jnp.finfo(dtype).max):.4g}; "
+            "write them with --dtype float32 or bfloat16"
+        )
+    return rounded
 
 
 def _blocks(shape: tuple[int, ...]) -> Iterator[slice]:

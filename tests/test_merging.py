@@ -237,6 +237,38 @@ def test_what_is_saved_whole_and_quantised_is_refused(home: Path, tmp_path: Path
     assert nnx.graphdef(model) == graphdef
 
 
+def test_values_beyond_float16_are_refused(home: Path, tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.q_proj.weight"
+    config = dataclasses.replace(CONFIG, target_modules=("q_proj",))
+    large = write_model(tmp_path / "large", **SIZES)
+    own = load_file(large / "model.safetensors")
+    own[name][:] = 65000
+    own = {key: value.astype(np.float16) for key, value in own.items()}
+    save_file(own, large / "model.safetensors")
+    save(tmp_path / "a", jlora.load(large), dataclasses.replace(config, lora_alpha=40000))
+    with pytest.raises(JloraError, match=rf"^{name}: values beyond .* 6.55e\+04; .*--dtype float32"):
+        merge(home, tmp_path / "a", tmp_path / "m", model=large)
+    assert not list(tmp_path.glob("*m*"))
+    merge(home, tmp_path / "a", tmp_path / "m", model=large, dtype="bfloat16")
+    # Also what no adapter changes.
+    wide = write_model(tmp_path / "wide", **SIZES)
+    own = load_file(wide / "model.safetensors")
+    own["model.norm.weight"][:] = 1e6
+    save_file(own, wide / "model.safetensors")
+    with pytest.raises(JloraError, match=r"^model\.norm\.weight: values beyond"):
+        merge(home, home / "a", tmp_path / "n", model=wide, dtype="float16", force=True)
+
+
+def test_what_is_of_other_weights_is_not_copied(home: Path, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", **SIZES)
+    for name in ("adapter_config.json", "pytorch_model.bin.index.json", "special_tokens_map.json"):
+        (model / name).write_text("{}")
+    merge(home, home / "a", tmp_path / "m", model=model)
+    copied = {path.name for path in (tmp_path / "m").iterdir()}
+    own = {path.name for path in model.iterdir()}
+    assert own - copied == {"adapter_config.json", "pytorch_model.bin.index.json"}
+
+
 def test_another_base_or_an_untrained_adapter(home: Path, tmp_path: Path) -> None:
     other = write_model(tmp_path / "other", seed=1, **SIZES)
     with pytest.raises(JloraError, match=r"another base than this:\n  other values in 1"):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import types
 from collections.abc import Callable, Iterator
@@ -27,6 +28,8 @@ from jlora.quant.quantize import empty, quantize_rows, stack, transpose_into
 
 # What belongs to a model beside its weights: configurations, tokenizer, chat template.
 _COPIED = {".json", ".jinja", ".txt", ".model"}
+# What tells of weights, these or others, of an adapter, or of where the directory came from.
+_NOT_COPIED = re.compile(r".*\.index\.json|adapter_.*|jlora_source\.json")
 
 
 def load(
@@ -226,8 +229,7 @@ def copy_beside(source: Path, to: Path, **changes: Any) -> None:
         **changes: keys of config.json that have other values there; None leaves a key out.
     """
     for file in source.iterdir():
-        other = file.name.startswith("model.safetensors") or file.name == "jlora_source.json"
-        if file.is_file() and file.suffix in _COPIED and not other:
+        if file.is_file() and file.suffix in _COPIED and not _NOT_COPIED.fullmatch(file.name):
             shutil.copy(file, to)
     before = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config = {key: value for key, value in before.items() if key not in changes}
