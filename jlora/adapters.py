@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from jlora import canonical, checkpoint, fingerprint, injection, paths, peft
 from jlora.checkpoint import StoredAdapter
 from jlora.errors import JloraError
 from jlora.fingerprint import Fingerprint
-from jlora.norms import delta_norms
+from jlora.norms import delta_norms, distance
+from jlora.quant import checks
+from jlora.quant.array import QuantArray
 from jlora.targets import Plan
 from jlora.updates import others
 
@@ -148,6 +149,7 @@ def apply(
             f"{stored.where} has; load it on a fresh model, or jlora.eject(model) first"
         )
     whole = {path: leaves[path] for path in plan.whole}
+    checks.whole([path for path, leaf in whole.items() if isinstance(leaf, QuantArray)])
     report(stored, norms(stored, canonical.unstack(whole, stacks)), allow_zero=allow_zero)
     if not trained:
         injection.inject(model, stored.config, rngs=jax.random.key(0), training=False)
@@ -210,10 +212,7 @@ def norms(stored: StoredAdapter, base: Mapping[str, Any]) -> dict[str, float]:
     """
     found = delta_norms(stored)
     for path, value in others(stored).items():
-        change = np.asarray(value, np.float64)
-        if path in base:
-            change = change - np.asarray(base[path], np.float64)
-        found[path] = math.sqrt((change**2).sum())
+        found[path] = distance(value, base.get(path))
     return found
 
 

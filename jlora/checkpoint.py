@@ -144,12 +144,13 @@ def read_adapter(path: str | Path) -> StoredAdapter:
             path,
             args=ocp.args.Composite(adapters=restore_here(), meta=ocp.args.JsonRestore()),
         )
-    check_schema(read.meta, path)
-    if read.meta["method"] == "full":
-        raise JloraError(f"{path} holds all weights of a model, not an adapter")
+        check_schema(read.meta, path)
+        if read.meta["method"] == "full":
+            raise JloraError(f"{path} holds all weights of a model, not an adapter")
+        lora = read.meta["lora"]
     check_finite(read.adapters, path)
     return StoredAdapter(
-        config=conversion.from_dict(config.LoraConfig, read.meta["lora"], where=f"{path}/meta"),
+        config=conversion.from_dict(config.LoraConfig, lora, where=f"{path}/meta"),
         factors=read.adapters,
         where=str(path),
         base=base_of(read.meta, path),
@@ -183,7 +184,7 @@ def damage_named(path: Path) -> Iterator[None]:
         yield
     except JloraError:
         raise
-    except (ValueError, OSError, KeyError, TypeError) as error:
+    except (ValueError, OSError, KeyError, TypeError, RecursionError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise JloraError(
             f"{path} is damaged or incomplete ({reason[:200]}); use another checkpoint"
@@ -219,8 +220,10 @@ def check_finite(leaves: Mapping[str, Any], where: Path) -> None:
         )
 
 
-def check_schema(meta: dict[str, Any], path: Path) -> None:
+def check_schema(meta: Any, path: Path) -> None:
     """Refuse a checkpoint that this version cannot read."""
+    if not isinstance(meta, dict):
+        raise JloraError(f"{path}/meta holds no JSON object; use another checkpoint")
     if meta.get("schema_version") != SCHEMA_VERSION:
         raise JloraError(
             f"{path} has schema version {meta.get('schema_version')!r}; this jlora reads "

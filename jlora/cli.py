@@ -148,18 +148,17 @@ def _weights_size(path: Path) -> int:
 
 def export(settings: commands.ExportConfig) -> None:
     """Write a PEFT directory from a run's newest checkpoint."""
-    from jlora import adapters, injection, peft
+    from jlora import adapters, fingerprint, injection, peft
     from jlora.models import load
     from jlora.peft import vllm
     from jlora.train.run import Run
 
     if (settings.to / peft.CONFIG_FILE).exists():
         raise JloraError(f"{settings.to} holds an adapter already; choose another --to")
-    run = Run(settings.run)
     stored = adapters.read_newest_checkpoint(settings.run)
-    used = conversion.read_toml(run.config_file)
-    base = used["model"]
+    base = conversion.read_toml(Run(settings.run).config_file)["model"]
     model, weights = load.abstract(base), load.weights_of(base)
+    adapters.check_base(stored, fingerprint.of_directory(Path(base)), force=settings.force)
     said = f"wrote {settings.to}"
     if settings.target == "vllm":
         rank = vllm.max_lora_rank(stored.config, injection.plan(model, stored.config))
@@ -170,11 +169,13 @@ def export(settings: commands.ExportConfig) -> None:
 
 def import_adapter(settings: commands.ImportConfig) -> None:
     """Write a PEFT adapter, checked against a model, as an adapter checkpoint."""
-    from jlora import peft
+    from jlora import adapters, fingerprint, peft
     from jlora.models import load
 
     model, weights = load.abstract(settings.model), load.weights_of(settings.model)
-    stored = peft.fit(peft.read_peft(settings.adapter), model, weights=weights)
+    stored = peft.read_peft(settings.adapter)
+    adapters.check_base(stored, fingerprint.of_directory(settings.model), force=settings.force)
+    stored = peft.fit(stored, model, weights=weights, force=settings.force)
     stored.save(settings.to)
     print(f"wrote {settings.to}: {len(stored.factors)} tensors, all that the model has a place for")
 

@@ -108,6 +108,8 @@ class ExportConfig(Strict):
     target: Literal["peft", "vllm"] = "peft"
     """Who is to read it. vllm: refuse what its server would not load or would compute otherwise,
     and say which --max-lora-rank it needs."""
+    force: bool = False
+    """Export though the model that the run names is no longer the one that it trained on."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,6 +122,8 @@ class ImportConfig(Strict):
     """PEFT directory, or one with a single adapter in a subdirectory."""
     to: Path
     """Directory to write; must not exist yet."""
+    force: bool = False
+    """Import an adapter that was trained on another base."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """Which base an adapter was trained on: its class, its shapes, and a hash of some of each weight.
 
-The same for stacked and unrolled layers, float32 and bfloat16, before and after injection.
+The same for float32 and bfloat16, before and after injection, and in NNX for stacked and unrolled
+layers; those of a Linen tree have the names that they have there.
 """
 
 import dataclasses
@@ -8,6 +9,7 @@ import functools
 import math
 import zlib
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +21,7 @@ from jlora import canonical, conversion, injection
 from jlora.config import QuantConfig
 from jlora.errors import JloraError
 from jlora.matching import dotted
+from jlora.models import load
 from jlora.quant.array import QuantArray
 
 _SAMPLES = 16  # values of a weight that are hashed
@@ -90,6 +93,16 @@ def of(model: Any, params: Any = None) -> Fingerprint:
     stacks = injection.stacks(model) if params is None else {}
     leaves = injection.base_leaves(model if params is None else params)
     return of_leaves(_class(model).__name__, leaves.items(), stacks)
+
+
+def of_directory(model_dir: Path) -> Fingerprint:
+    """The fingerprint of the model in a Hugging Face directory, of which few values are read.
+
+    Raises:
+        JloraError: files that are missing or truncated, or of several models.
+    """
+    model = load.abstract(model_dir)
+    return of_leaves(type(model).__name__, load.views(model_dir, model), {})
 
 
 def of_leaves(

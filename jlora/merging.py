@@ -25,6 +25,7 @@ from jlora.errors import JloraError
 from jlora.files import demand_free, new_directory, write_tensors, write_text
 from jlora.models import families, load
 from jlora.models.tensors import INDEX, Tensors
+from jlora.quant import checks
 from jlora.quant.array import QuantArray
 from jlora.quant.quantize import quantize_rows
 from jlora.targets import Plan
@@ -63,7 +64,8 @@ class Merged:
 def merge(settings: MergeConfig, *, quant: QuantConfig | None = None) -> Merged:
     """Write a model directory with the adapter in its weights: shards and names as they were.
 
-    At most a few blocks of rows are in memory, and a quantised weight's codes.
+    Beside the adapter, which has whole what was saved as a whole, a few blocks of rows are in
+    memory, and a quantised weight's codes; what the adapter replaces is mapped while it is compared.
 
     Args:
         settings: from where to where; into which weights, where there is a choice.
@@ -84,24 +86,21 @@ def merge(settings: MergeConfig, *, quant: QuantConfig | None = None) -> Merged:
         quant = None
     into = _choose(settings, bool(tensors.quantised), quant)
     model = load.abstract(model_dir)
+    adapters.check_base(stored, fingerprint.of_directory(model_dir), force=settings.force)
     leaves, _ = injection.partition(model, everything=True)
-    tied = model.config.tie_word_embeddings
-    load.check(model_dir, leaves, {}, tensors, tied)
     places = {}
     for path, leaf in leaves.items():
         name, transposed = families.hf_name(path)
         shape = tuple(reversed(leaf.shape)) if transposed else leaf.shape
         places[name] = _Place(path, transposed, shape)
-    base = _leaves(tensors, places)
-    here = fingerprint.of_leaves(type(model).__name__, base, {})
-    adapters.check_base(stored, here, force=settings.force)
     packed = load.mark(model, tensors, quant)
     read = load.weights_of(model_dir)
     stored, plan = adapters.fitted(stored, model, weights=read, force=settings.force)
-    whole = {name: place for name, place in places.items() if place.path in plan.whole}
-    found = adapters.norms(stored, dict(_leaves(tensors, whole)))
+    checks.whole([path for path in plan.whole if path in packed])
+    whole = {path: leaf for path, leaf in load.views(model_dir, model) if path in plan.whole}
+    found = adapters.norms(stored, whole)
     adapters.report(stored, found, allow_zero=settings.force)
-    if tied and "lm_head.weight" in tensors.shapes():  # a copy, which is to stay one
+    if model.config.tie_word_embeddings and "lm_head.weight" in tensors.shapes():  # a copy, which is to stay one
         places["lm_head.weight"] = places["model.embed_tokens.weight"]
     weights = _Weights(settings, tensors, places, stored, plan, packed, quant, into)
     prompts = None
@@ -136,16 +135,6 @@ class _Place(NamedTuple):
     transposed: bool
     shape: tuple[int, ...]
     """On disk."""
-
-
-def _leaves(tensors: Tensors, places: Mapping[str, _Place]) -> Iterator[tuple[str, Any]]:
-    """(path, leaf) as it lies on disk, to look at few of its values; of codes just the shape."""
-    for name, place in places.items():
-        if name in tensors.quantised:
-            yield place.path, jax.ShapeDtypeStruct(place.shape[::-1], jnp.float32)
-        else:
-            view = tensors.view(name)
-            yield place.path, view.T if place.transposed else view
 
 
 def _choose(settings: MergeConfig, quantised: bool, quant: QuantConfig | None) -> str:
@@ -240,7 +229,7 @@ class _Weights:
         q = self._quantised(name, path)
         for rows in _blocks(shape):
             if not adapted and q is None:
-                yield self.tensors.read(name, rows).astype(dtype, copy=False)
+                yield _rounded(self.tensors.read(name, rows), dtype, name)
                 continue
             base = {}
             if name not in self.tensors.quantised:
@@ -250,7 +239,7 @@ class _Weights:
             seen = "original" if q is None else "dequantized"
             self.read += _squares(base[seen]) if adapted else 0
             values = {into: self._changed(w, path, rows, transposed) for into, w in base.items()}
-            written = {into: value.astype(dtype) for into, value in values.items()}
+            written = {into: _rounded(value, dtype, name) for into, value in values.items()}
             for into in self.errors:
                 value = written[into if into in base else seen]
                 self.errors[into] += _squares(value.astype(np.float32) - values[seen])
@@ -298,6 +287,22 @@ class _Weights:
                 if rows.start <= row < rows.stop:
                     weight[row - rows.start] += more
         return weight
+
+
+def _rounded(values: np.ndarray, dtype: Any, name: str) -> np.ndarray:
+    """Values in the dtype that they are written in.
+
+    Raises:
+        JloraError: some are beyond it.
+    """
+    with np.errstate(over="ignore"):
+        rounded = values.astype(dtype, copy=False)
+    if rounded is not values and (np.isfinite(values) & ~np.isfinite(rounded)).any():
+        raise JloraError(
+            f"{name}: values beyond the largest of {dtype}, {float(jnp.finfo(dtype).max):.4g}; "
+            "write them with --dtype float32 or bfloat16"
+        )
+    return rounded
 
 
 def _blocks(shape: tuple[int, ...]) -> Iterator[slice]:

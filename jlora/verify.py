@@ -87,12 +87,13 @@ def compare(
     adapted = logits(adapters.apply(stored, model, force=force, allow_zero=force), prompts)
     del model  # two models need not fit in memory
     found = logits(load.load(merged), prompts)
+    # np.max, unlike max, is NaN wherever one is, and that is within no bound.
     difference, effect = (
-        max(float(np.abs(x - y).max()) for x, y in zip(adapted, others, strict=True))
+        float(np.max([np.abs(x - y).max() for x, y in zip(adapted, others, strict=True)]))
         for others in (found, base)
     )
     if bound is None:
-        largest = max(float(np.abs(x).max()) for x in adapted)
+        largest = float(np.max([np.abs(x).max() for x in adapted]))
         bound = min((_COMPUTED + _ROUNDED * eps) * largest, effect / 2)
     same = [x.argmax(-1) == y.argmax(-1) for x, y in zip(adapted, found, strict=True)]
     agreement = float(np.concatenate(same).mean())

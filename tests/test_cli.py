@@ -401,6 +401,22 @@ def test_import_writes_what_a_run_would(home, tmp_path, says, fails):
     assert "several adapters" not in fails("import", *flags, tmp_path, "--to", tmp_path / "new")
 
 
+def test_export_and_import_demand_the_adapters_own_base(home, tmp_path, says, fails):
+    other = write_model(tmp_path / "other", seed=1, num_hidden_layers=2)
+    shutil.copytree(home / "run", tmp_path / "run")
+    config = tmp_path / "run" / "config.toml"
+    config.write_text(config.read_text().replace(str(home / "model"), str(other)))
+    adapter = home / "run" / "adapter"
+    for given in (
+        ("export", "--run", tmp_path / "run", "--to", tmp_path / "new"),
+        ("import", "--model", other, "--adapter", adapter, "--to", tmp_path / "new"),
+    ):
+        assert "was trained on another base than this:\n  other values" in fails(*given)
+        assert not (tmp_path / "new").exists()
+        assert "wrote" in says(*given, "--force")
+        shutil.rmtree(tmp_path / "new")
+
+
 def test_convert_refuses_what_is_no_gguf(home, tmp_path, fails):
     said = fails("convert", home / "base.toml", "--to", tmp_path / "new")
     assert said.startswith("jlora: ")

@@ -197,7 +197,7 @@ BASES: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize("known", [*map(json.dumps, BASES), "{"])
+@pytest.mark.parametrize("known", [*map(json.dumps, BASES), "{", "[" * 100_000])
 def test_a_damaged_fingerprint(known: str, tmp_path: Path) -> None:
     export(tmp_path / "p", injected())
     file = tmp_path / "p" / peft.WEIGHTS_FILE

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from test_quantised_memory import write_weights
 
 import jlora
-from jlora import adapter, cli, injection, merging
+from jlora import adapter, adapters, cli, injection, merging, verify
 from jlora.commands import MergeConfig
 from jlora.errors import JloraError
 from jlora.models import load
@@ -220,6 +220,55 @@ def test_a_quantised_directory_is_dequantised(home: Path, tmp_path: Path) -> Non
         merge(home, home / "q", tmp_path / "o", model=small, into="original")
 
 
+def test_what_is_saved_whole_and_quantised_is_refused(home: Path, tmp_path: Path) -> None:
+    free = write_model(tmp_path / "free", tie_word_embeddings=False, **SIZES)
+    config = dataclasses.replace(CONFIG, target_modules=("q_proj",), modules_to_save=("lm_head",))
+    save(tmp_path / "a", jlora.load(free), config)
+    quant = dataclasses.replace(QUANT, target_modules=("q_proj", "lm_head"))
+    load.quantize(free, tmp_path / "small", quant)
+    said = "^lm_head/kernel: what is quantised cannot be trained as a whole"
+    with pytest.raises(JloraError, match=said):
+        merge(home, tmp_path / "a", tmp_path / "m", model=tmp_path / "small")
+    assert not (tmp_path / "m").exists()
+    model = jlora.load(tmp_path / "small")
+    graphdef = nnx.graphdef(model)
+    with pytest.raises(JloraError, match=said):
+        jlora.load_adapter(tmp_path / "a", model)
+    assert nnx.graphdef(model) == graphdef
+
+
+def test_values_beyond_float16_are_refused(home: Path, tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.q_proj.weight"
+    config = dataclasses.replace(CONFIG, target_modules=("q_proj",))
+    large = write_model(tmp_path / "large", **SIZES)
+    own = load_file(large / "model.safetensors")
+    own[name][:] = 65000
+    own = {key: value.astype(np.float16) for key, value in own.items()}
+    save_file(own, large / "model.safetensors")
+    save(tmp_path / "a", jlora.load(large), dataclasses.replace(config, lora_alpha=40000))
+    with pytest.raises(JloraError, match=rf"^{name}: values beyond .* 6.55e\+04; .*--dtype float32"):
+        merge(home, tmp_path / "a", tmp_path / "m", model=large)
+    assert not list(tmp_path.glob("*m*"))
+    merge(home, tmp_path / "a", tmp_path / "m", model=large, dtype="bfloat16")
+    # Also what no adapter changes.
+    wide = write_model(tmp_path / "wide", **SIZES)
+    own = load_file(wide / "model.safetensors")
+    own["model.norm.weight"][:] = 1e6
+    save_file(own, wide / "model.safetensors")
+    with pytest.raises(JloraError, match=r"^model\.norm\.weight: values beyond"):
+        merge(home, home / "a", tmp_path / "n", model=wide, dtype="float16", force=True)
+
+
+def test_what_is_of_other_weights_is_not_copied(home: Path, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", **SIZES)
+    for name in ("adapter_config.json", "pytorch_model.bin.index.json", "special_tokens_map.json"):
+        (model / name).write_text("{}")
+    merge(home, home / "a", tmp_path / "m", model=model)
+    copied = {path.name for path in (tmp_path / "m").iterdir()}
+    own = {path.name for path in model.iterdir()}
+    assert own - copied == {"adapter_config.json", "pytorch_model.bin.index.json"}
+
+
 def test_another_base_or_an_untrained_adapter(home: Path, tmp_path: Path) -> None:
     other = write_model(tmp_path / "other", seed=1, **SIZES)
     with pytest.raises(JloraError, match=r"another base than this:\n  other values in 1"):
@@ -284,6 +333,20 @@ def test_a_broken_merge_is_caught(kind: str, dtype: str, home, tmp_path, monkeyp
     with pytest.raises(JloraError, match="is not the adapted one, and was not kept"):
         merge(home, home / "a", tmp_path / "m", dtype=dtype, verify=home / "prompts.txt")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_not_a_number_in_any_prompt_is_caught(home: Path, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "free", tie_word_embeddings=False, **SIZES)
+    save(tmp_path / "a", jlora.load(model))
+    merge(home, tmp_path / "a", tmp_path / "m", model=model)
+    own = load_file(tmp_path / "m" / "model.safetensors")
+    own["model.embed_tokens.weight"][100] = np.nan
+    save_file(own, tmp_path / "m" / "model.safetensors")
+    stored = adapters.read(tmp_path / "a")
+    prompts = [np.arange(5, 15, dtype=np.int32), np.arange(95, 105, dtype=np.int32)]
+    for asked in (prompts, prompts[::-1]):
+        with pytest.raises(JloraError, match="differ by at most nan"):
+            verify.compare(lambda: load.load(model), stored, tmp_path / "m", asked, eps=1e-7)
 
 
 def test_the_bound_and_the_prompts_are_the_users(home: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Updates as files tell them, and their norms, against the product itself."""
 
 import dataclasses
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,23 @@ def test_inner_keeps_the_difference_of_like_updates() -> None:
     y = dataclasses.replace(x, lora_b=x.lora_b * (1 + 1e-6))
     square = norms.inner(x, x) - 2 * norms.inner(x, y) + norms.inner(y, y)
     np.testing.assert_allclose(square**0.5 / norms.norm(x), 1e-6, rtol=0.1)
+
+
+def test_distance_holds_few_rows(monkeypatch) -> None:
+    value, base = np.asarray(draw(0, 7, 5)), np.asarray(draw(1, 5, 7), jnp.bfloat16).T
+    expected = np.linalg.norm(value.astype(np.float64) - base.astype(np.float64))
+    large = np.ones((32000, 256), np.float32)
+    tracemalloc.start()
+    try:
+        assert norms.distance(large, np.zeros_like(large)) == 32000**0.5 * 16
+        peak = tracemalloc.get_traced_memory()[1] - large.nbytes  # the zeros
+    finally:
+        tracemalloc.stop()
+    assert peak < large.nbytes
+    monkeypatch.setattr(norms, "_BLOCK", 11)
+    np.testing.assert_allclose(norms.distance(value, base), expected, rtol=1e-12)
+    assert norms.distance(np.float32(-3)) == 3
+    assert np.isnan(norms.distance(np.asarray([1, np.nan], np.float32)))
 
 
 def test_leaves_that_are_no_factors() -> None:

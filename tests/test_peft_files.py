@@ -588,6 +588,10 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
         with_settings(modules_to_save=["hat"]),
         "modules_to_save: 'hat'; nearest: ",
     ),
+    "settings in settings": (
+        content(C, lambda data: data.replace(b"{", b'{"x": %b%b,' % (b"[" * 400, b"]" * 400), 1)),
+        "is nested more than 50 deep",
+    ),
     "a base of its own": (
         with_tensors(emb__base_layer__weight=np.ones((6, 4), np.float32)),
         "comes with base weights of emb that are not this model's",
@@ -640,7 +644,23 @@ def damaged(item: str) -> Callable[[Path], None]:
     return make
 
 
+def meta(change: Callable[[dict], Any]) -> Callable[[Path], None]:
+    def make(at: Path) -> None:
+        orbax_with()(at)
+        file = next((at / "meta").glob("*"))
+        file.write_text(json.dumps(change(json.loads(file.read_text()))))
+
+    return make
+
+
+def without(key: str) -> Callable[[dict], dict]:
+    return lambda values: {k: v for k, v in values.items() if k != key}
+
+
 ORBAX = {
+    "no settings": (meta(lambda _: []), "meta holds no JSON object"),
+    "settings of no method": (meta(without("method")), "is damaged or incomplete ('method')"),
+    "settings of no LoRA": (meta(without("lora")), "is damaged or incomplete ('lora')"),
     "leaves cut short": (damaged("adapters"), "is damaged or incomplete"),
     "settings cut short": (damaged("meta"), "is damaged or incomplete"),
     "a missing leaf": (orbax_with(lin__lora_a=None), "missing: lin/lora_a (3, 4)"),

@@ -17,6 +17,7 @@ from jlora.injection.nnx_sites import check_own_call, holders, plain_sites, type
 from jlora.injection.nnx_tree import KEPT, modules, variables
 from jlora.injection.registry import float32
 from jlora.paths import join
+from jlora.quant import checks
 from jlora.quant.array import QuantArray
 
 
@@ -136,11 +137,7 @@ def _check_whole(model: nnx.Module, whole: Iterable[str]) -> None:
         JloraError: some are not.
     """
     leaves = {join(keys): leaf.get_value() for keys, leaf in variables(model, nnx.Param)}
-    if packed := [path for path in whole if isinstance(leaves.get(path), QuantArray)]:
-        raise JloraError(
-            f"{', '.join(packed[:5])}: what is quantised cannot be trained as a whole; leave it "
-            "out of modules_to_save, or of what is quantised (QuantConfig.exclude_modules)"
-        )
+    checks.whole([path for path in whole if isinstance(leaves.get(path), QuantArray)])
     for places in holders(model).values():
         if len(places) > 1 and set(places) & set(whole):
             raise JloraError(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import types
 from collections.abc import Callable, Iterator
@@ -27,6 +28,8 @@ from jlora.quant.quantize import empty, quantize_rows, stack, transpose_into
 
 # What belongs to a model beside its weights: configurations, tokenizer, chat template.
 _COPIED = {".json", ".jinja", ".txt", ".model"}
+# What tells of weights, these or others, of an adapter, or of where the directory came from.
+_NOT_COPIED = re.compile(r".*\.index\.json|adapter_.*|jlora_source\.json")
 
 
 def load(
@@ -158,6 +161,30 @@ def weights_of(model_dir: str | Path) -> Callable[[str], np.ndarray | None]:
     return read
 
 
+def views(model_dir: Path, model: CausalLM) -> Iterator[tuple[str, Any]]:
+    """(path, leaf) of each parameter as it lies on disk, to look at few of its values.
+
+    Args:
+        model_dir: a Hugging Face directory.
+        model: its model with its layers unrolled; may be abstract.
+
+    Yields:
+        What reads values as they are looked at; of what is quantised a jax.ShapeDtypeStruct.
+
+    Raises:
+        JloraError: weights that are not the model's, as for `load`.
+    """
+    tensors = Tensors(model_dir)
+    leaves, _ = injection.partition(model, everything=True)
+    check(model_dir, leaves, {}, tensors, model.config.tie_word_embeddings)
+    for path, leaf in leaves.items():
+        name, transposed = families.hf_name(path)
+        if name in tensors.quantised:
+            yield path, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        else:
+            yield path, tensors.view(name).T if transposed else tensors.view(name)
+
+
 def save(model: CausalLM, to: Path, *, source: Path) -> None:
     """Write a Hugging Face directory: the model's weights in its dtype, the rest from `source`.
 
@@ -202,8 +229,7 @@ def copy_beside(source: Path, to: Path, **changes: Any) -> None:
         **changes: keys of config.json that have other values there; None leaves a key out.
     """
     for file in source.iterdir():
-        other = file.name.startswith("model.safetensors") or file.name == "jlora_source.json"
-        if file.is_file() and file.suffix in _COPIED and not other:
+        if file.is_file() and file.suffix in _COPIED and not _NOT_COPIED.fullmatch(file.name):
             shutil.copy(file, to)
     before = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config = {key: value for key, value in before.items() if key not in changes}

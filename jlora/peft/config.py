@@ -36,6 +36,7 @@ _NEUTRAL: dict[str, Any] = {"megatron_core": "megatron.core"}
 _PEFTS = ("base_layer", "lora_dropout", "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B",
           "lora_magnitude_vector")  # fmt: skip
 _LARGEST = 2**31  # of numbers: beyond it they are damage, and some overflow floats
+_DEEPEST = 50  # tables in tables: beyond it they are damage too
 
 
 def to_settings(
@@ -184,6 +185,8 @@ def read_config(file: Path) -> config.LoraConfig:
         raise JloraError(f"{file} is not JSON: {error}; copy the adapter again") from None
     if not isinstance(settings, dict):
         raise JloraError(f"{file} holds no JSON object; copy the adapter again")
+    if _deeper(settings, _DEEPEST):
+        raise JloraError(f"{file} is nested more than {_DEEPEST} deep; copy the adapter again")
     if settings.get("peft_type") != "LORA":
         raise JloraError(f"{file}: peft_type is {settings.get('peft_type')!r}, only 'LORA' is read")
     unsupported = [
@@ -211,3 +214,12 @@ def _too_large(value: Any) -> bool:
     if isinstance(value, dict | list):
         return any(map(_too_large, value.values() if isinstance(value, dict) else value))
     return isinstance(value, int | float) and abs(value) > _LARGEST
+
+
+def _deeper(value: Any, depth: int) -> bool:
+    """Whether lists and tables lie in each other more than `depth` deep; without recursion."""
+    level = [value]
+    for _ in range(depth + 1):
+        tables = [x for x in level if isinstance(x, dict | list)]
+        level = [y for x in tables for y in (x.values() if isinstance(x, dict) else x)]
+    return bool(level)

@@ -107,7 +107,7 @@ def _read(file: Path) -> tuple[dict[str, np.ndarray], Fingerprint | None]:
 def _base(text: str, where: str) -> Fingerprint | None:
     try:
         known = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         known = None
     if not isinstance(known, dict):
         raise JloraError(f"{where} {METADATA!r} is no JSON object; copy the adapter again")

@@ -3,6 +3,7 @@
 import functools
 import logging
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -58,6 +59,15 @@ def padding(size: int, block_size: int, path: str) -> None:
             at(path),
             size,
             block_size,
+        )
+
+
+def whole(packed: Sequence[str]) -> None:
+    """Raise a JloraError if there are such paths: of what is quantised and trained as a whole."""
+    if packed:
+        raise JloraError(
+            f"{', '.join(packed[:5])}: what is quantised cannot be trained as a whole; leave it "
+            "out of modules_to_save, or of what is quantised (QuantConfig.exclude_modules)"
         )
 
 
