@@ -1,7 +1,7 @@
 """Which base an adapter was trained on: its class, its shapes, and a hash of some of each weight.
 
-The same for float32 and bfloat16, before and after injection, and in NNX for stacked and unrolled
-layers; those of a Linen tree have the names that they have there.
+The same for float32 and bfloat16, before and after injection, and of an NNX model for stacked and
+unrolled layers; a Linen tree's layers have the names that they have there.
 """
 
 import dataclasses

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -65,7 +64,8 @@ def merge(settings: MergeConfig, *, quant: QuantConfig | None = None) -> Merged:
     """Write a model directory with the adapter in its weights: shards and names as they were.
 
     Beside the adapter, which has whole what was saved as a whole, a few blocks of rows are in
-    memory, and a quantised weight's codes; what the adapter replaces is mapped while it is compared.
+    memory, and a quantised weight's codes. What the adapter replaces is mapped while its norm is
+    taken.
 
     Args:
         settings: from where to where; into which weights, where there is a choice.
@@ -100,7 +100,8 @@ def merge(settings: MergeConfig, *, quant: QuantConfig | None = None) -> Merged:
     whole = {path: leaf for path, leaf in load.views(model_dir, model) if path in plan.whole}
     found = adapters.norms(stored, whole)
     adapters.report(stored, found, allow_zero=settings.force)
-    if model.config.tie_word_embeddings and "lm_head.weight" in tensors.shapes():  # a copy, which is to stay one
+    tied = model.config.tie_word_embeddings
+    if tied and "lm_head.weight" in tensors.shapes():  # a copy, which is to stay one
         places["lm_head.weight"] = places["model.embed_tokens.weight"]
     weights = _Weights(settings, tensors, places, stored, plan, packed, quant, into)
     prompts = None

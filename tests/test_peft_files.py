@@ -118,7 +118,7 @@ class TestThereAndBack:
 
     @settings(deadline=None, max_examples=50)
     @given(st.lists(st.floats(-4, 4, width=32), min_size=8, max_size=8), st.booleans())
-    def test_rows_come_back_to_half_a_unit(self, values: list[float], near: bool) -> None:
+    def test_rows_come_back_to_one_unit(self, values: list[float], near: bool) -> None:
         """What replaces a row is kept as a difference: exact within a factor of two of the row."""
         base = np.asarray(values, np.float32).reshape(2, 4)
         rows = base * np.float32(1.7) if near else base[::-1].copy()

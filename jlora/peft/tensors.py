@@ -73,7 +73,7 @@ class Entry:
 
         What replaces a leaf of the base is kept as its difference, in float32: adding it again
         gives the same bits where both have one sign and differ by a factor of two at most, and is
-        off by half a unit in the last place of the larger one elsewhere.
+        off by at most one unit in the last place of the larger one elsewhere.
         """
         ordered = tensor.reshape([self.own[i] for i in self.axes])
         leaf = ordered.transpose(np.argsort(self.axes))
