@@ -174,9 +174,10 @@ def import_adapter(settings: commands.ImportConfig) -> None:
 
     model, weights = load.abstract(settings.model), load.weights_of(settings.model)
     stored = peft.read_peft(settings.adapter)
-    adapters.check_base(stored, fingerprint.of_directory(settings.model), force=settings.force)
+    base = fingerprint.of_directory(settings.model)
+    adapters.check_base(stored, base, force=settings.force)
     stored = peft.fit(stored, model, weights=weights, force=settings.force)
-    stored.save(settings.to)
+    dataclasses.replace(stored, base=base).save(settings.to)
     print(f"wrote {settings.to}: {len(stored.factors)} tensors, all that the model has a place for")
 
 

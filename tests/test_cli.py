@@ -12,7 +12,7 @@ import pytest
 from helpers import compilation_cache, contents, write_chats, write_model
 from safetensors.numpy import load_file
 
-from jlora import cli
+from jlora import adapters, cli, fingerprint
 
 BASE = """\
 steps = 6
@@ -389,6 +389,7 @@ def test_import_writes_what_a_run_would(home, tmp_path, says, fails):
         for adapter in (to, peft)
     ]
     assert answers[0] == answers[1]
+    assert adapters.read(to).base == fingerprint.of_directory(home / "model")
     before = contents(to)
     assert "exists already; save to a new directory" in fails("import", *flags, peft, "--to", to)
     assert contents(to) == before
