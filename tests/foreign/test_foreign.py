@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import models
 import numpy as np
 import optax
 import pytest
@@ -13,7 +14,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
 import jlora
-import models
 
 LORA = jlora.LoraConfig(r=4, lora_alpha=8)
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, models.VOCAB, (2, 8)))
