@@ -98,10 +98,14 @@ def of(model: Any, params: Any = None) -> Fingerprint:
 def of_directory(model_dir: Path) -> Fingerprint:
     """The fingerprint of the model in a Hugging Face directory, of which few values are read.
 
+    Of a directory without weights it has no hashes.
+
     Raises:
         JloraError: files that are missing or truncated, or of several models.
     """
     model = load.abstract(model_dir)
+    if not any(model_dir.glob("*.safetensors")):
+        return of(model)
     return of_leaves(type(model).__name__, load.views(model_dir, model), {})
 
 

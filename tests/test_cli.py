@@ -417,6 +417,13 @@ def test_export_and_import_demand_the_adapters_own_base(home, tmp_path, says, fa
         assert "wrote" in says(*given, "--force")
         shutil.rmtree(tmp_path / "new")
 
+    (other / "model.safetensors").unlink()  # its shapes are right, and nothing else is known
+    assert "wrote" in says("export", "--run", tmp_path / "run", "--to", tmp_path / "new")
+    wide = write_model(tmp_path / "wide", hidden_size=64, num_hidden_layers=2)
+    (wide / "model.safetensors").unlink()
+    config.write_text(config.read_text().replace(str(other), str(wide)))
+    assert "of another shape" in fails("export", "--run", tmp_path / "run", "--to", tmp_path / "x")
+
 
 def test_convert_refuses_what_is_no_gguf(home, tmp_path, fails):
     said = fails("convert", home / "base.toml", "--to", tmp_path / "new")
