@@ -12,7 +12,7 @@ import pytest
 from helpers import compilation_cache, contents, write_chats, write_model
 from safetensors.numpy import load_file
 
-from jlora import adapters, cli, fingerprint
+from jlora import actions, adapters, cli, fingerprint
 
 BASE = """\
 steps = 6
@@ -147,8 +147,8 @@ def test_resume_goes_on_where_a_run_stopped(home, tmp_path, says):
 def test_help_lists_commands_and_flags(says, capfd):
     listed = says("--help")
     assert listed == says()
-    assert all(f"\n  {command} " in listed for command in cli.COMMANDS)
-    for command in cli.COMMANDS:
+    assert all(f"\n  {command} " in listed for command in actions.COMMANDS)
+    for command in actions.COMMANDS:
         with pytest.raises(SystemExit) as caught:
             cli.main([command, "--help"])
         assert caught.value.code == 0

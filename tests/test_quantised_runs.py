@@ -13,7 +13,7 @@ from helpers import assert_same, compilation_cache, write_chats, write_model
 from safetensors.numpy import load_file
 
 import jlora
-from jlora import cli, commands
+from jlora import actions, commands
 from jlora.config import EvalConfig, LoaderConfig, OptimConfig, TrainConfig
 from jlora.errors import JloraError
 from jlora.models import load
@@ -96,13 +96,14 @@ def test_other_commands_quantise_as_the_run_did(settings: TrainConfig, tmp_path:
     given = commands.EvaluateConfig(
         model=settings.model, data="", adapter=tmp_path / "run", dtype="float32"
     )
-    model, _ = cli._load(given, [tmp_path / "run"])
+    model, _ = actions.load_base(given, [tmp_path / "run"])
     jlora.load_adapter(tmp_path / "run", model)
     expected = jlora.load_adapter(tmp_path / "run", jlora.load(settings.model, quant=quant))
     np.testing.assert_array_equal(model(TOKENS), expected(TOKENS))
     # Quantised on disk, they stay what they are.
     load.quantize(settings.model, tmp_path / "small", jlora.QuantConfig())
-    model, _ = cli._load(dataclasses.replace(given, model=tmp_path / "small"), [tmp_path / "run"])
+    small = dataclasses.replace(given, model=tmp_path / "small")
+    model, _ = actions.load_base(small, [tmp_path / "run"])
     assert model.model.layers[0].mlp.up_proj.kernel.get_value().kind == "nf4"
 
 

@@ -19,7 +19,8 @@ LAYERS = [
     "injection.registry injection.rows injection.lowrank injection.plain",
     "injection.nnx_tree injection.nnx_plain injection.nnx_sites injection.nnx_quant",
     "injection.nnx_layer injection.nnx",
-    "injection.params injection.linen_tree injection.linen_layer injection.linen_plain",
+    "injection.params injection.masked injection.linen_tree injection.linen_layer",
+    "injection.linen_plain",
     "injection.linen",
     "injection",
     "models models.attention models.transformer models.families models.tensors models.load",
@@ -30,7 +31,7 @@ LAYERS = [
     "data data.records data.source data.chat data.batching",
     "generation prompts evaluate optim verify merging",
     "train train.loss train.step train.checkpoint train.run train.measure train.loop",
-    "cli",
+    "actions cli",
 ]
 ORDER = [name for layer in LAYERS for name in layer.split()]
 RANK = {name: i for i, name in enumerate(ORDER)}

@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from flax import linen as flax_linen
 from flax import nnx as flax_nnx
 
@@ -23,6 +22,7 @@ from jlora.injection import (
     params,
     registry,
 )
+from jlora.injection.masked import optimizer as optimizer
 
 
 def inject(
@@ -197,28 +197,6 @@ def unboxed(leaves: Mapping[str, Any]) -> dict[str, Any]:
 def boxed_like(leaves: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """`values` in the boxes (nn.Partitioned) that `leaves` of the same paths are in."""
     return params.boxed_like(leaves, values)
-
-
-def optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`tx` for the adapters in a whole tree: the base gets no state, and updates of zero.
-
-    For Linen's trees of parameters (nn.Partitioned or not) and NNX's states; where adapters alone
-    are differentiated, as `partition` gives them, `tx` itself is what is needed. Of trees with
-    quantised weights take the gradient with allow_int=True, and give `update` the parameters.
-    """
-
-    def labels(tree: Any) -> Any:
-        def label(path: tuple, leaf: Any) -> str:
-            names = [str(key.key) for key in path if hasattr(key, "key")]  # not those within a box
-            by_name = bool(names) and params.is_trained(names[-1])
-            trained = isinstance(leaf, flax_nnx.LoRAParam) or by_name
-            return "adapters" if trained else "base"
-
-        is_variable = lambda leaf: isinstance(leaf, flax_nnx.Variable)  # noqa: E731
-        return jax.tree_util.tree_map_with_path(label, tree, is_leaf=is_variable)
-
-    nothing = optax.stateless(params.no_updates)
-    return optax.partition({"adapters": tx, "base": nothing}, labels)
 
 
 def register(layer: type, *, weight: str, equation: Any, bias: str | None = None) -> None:
