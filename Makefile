@@ -49,7 +49,7 @@ parity: $(PARITY)/installed $(if $(wildcard build/foreign/logits.npz),,foreign)
 	$(PARITY)/bin/jlora fetch smollm2 --to models/smollm2
 	$(PARITY)/bin/jlora fetch smollm2-gguf --to models/smollm2-gguf
 	$(PARITY)/bin/jlora fetch sentiment --to data/sentiment
-	$(PARITY)/bin/python -m pytest -n auto tests/parity
+	$(PARITY)/bin/python -m pytest -n auto --dist loadgroup tests/parity
 
 bench: $(VENV)/installed $(PARITY)/installed
 	$(BIN)/python benchmarks/step_vs.py --peft-python $(PARITY)/bin/python

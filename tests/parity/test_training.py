@@ -102,6 +102,7 @@ def train_ours(smollm2: Any, adapter: Any, batches: list[Batch]) -> tuple[np.nda
     return np.array(curve), state.trained
 
 
+@pytest.mark.xdist_group("training")  # one after the other: each takes 7 GB
 @pytest.mark.parametrize("trained", ["all tokens", "answers"])
 def test_loss_curve(smollm2, sentiment, tmp_path, trained):
     write_adapter(smollm2, tmp_path)
