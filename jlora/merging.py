@@ -47,6 +47,8 @@ class Merged:
     errors: dict[str, float] = dataclasses.field(default_factory=dict)
     """For each choice of `into` that there was: norm of what was (or would be) written less what
     training saw, over all weights that are adapted or quantised."""
+    unseen: bool = False
+    """Whether training saw weights from before they were quantised: not those that there are."""
     verified: verify.Verified | None = None
 
     def __str__(self) -> str:
@@ -56,7 +58,13 @@ class Merged:
             share = f" ({error / self.delta:.2%} of |ΔW|)" if self.delta else ""
             kind = f"into the {into} weights" if len(self.errors) > 1 else "rounding"
             written = ", as written" if len(self.errors) > 1 and into == self.into else ""
-            lines.append(f"{kind}: off by {error:.4g}{share} from what training saw{written}")
+            saw = "W + ΔW" if self.unseen else "what training saw"
+            lines.append(f"{kind}: off by {error:.4g}{share} from {saw}{written}")
+        if self.unseen:
+            lines.append(
+                "the adapter was trained on weights from before they were quantised, which these "
+                "are not: what quantising them cost is in the merged model, and not in these lines"
+            )
         return "\n".join(lines if self.verified is None else [*lines, str(self.verified)])
 
 
@@ -115,6 +123,8 @@ def merge(settings: MergeConfig, *, quant: QuantConfig | None = None) -> Merged:
         load.copy_beside(model_dir, stage, **changes)
         _write(stage, tensors, weights, indexed=(model_dir / INDEX).is_file())
         merged = Merged(into, len(found), math.hypot(*found.values()), *weights.measured())
+        known = stored.base is not None and not stored.base.quant
+        merged.unseen = known and bool(tensors.quantised)
         if prompts is not None:
             seen = quant if into == "dequantized" else None
             merged.verified = verify.compare(

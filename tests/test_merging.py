@@ -220,6 +220,16 @@ def test_a_quantised_directory_is_dequantised(home: Path, tmp_path: Path) -> Non
         merge(home, home / "q", tmp_path / "o", model=small, into="original")
 
 
+def test_what_training_did_not_see_is_said(home: Path, tmp_path: Path) -> None:
+    said = "from before they were quantised, which these are not"
+    quantised_since = merge(home, home / "a", tmp_path / "a", model=home / "small")
+    assert said in str(quantised_since)
+    assert "from W + ΔW" in str(quantised_since)
+    seen = merge(home, home / "q", tmp_path / "q", model=home / "small")
+    assert said not in str(seen)
+    assert "from what training saw" in str(seen)
+
+
 def test_what_is_saved_whole_and_quantised_is_refused(home: Path, tmp_path: Path) -> None:
     free = write_model(tmp_path / "free", tie_word_embeddings=False, **SIZES)
     config = dataclasses.replace(CONFIG, target_modules=("q_proj",), modules_to_save=("lm_head",))
