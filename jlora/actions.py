@@ -130,7 +130,7 @@ def export(settings: commands.ExportConfig) -> None:
     base = conversion.read_toml(Run(settings.run).config_file)["model"]
     model, weights = load.abstract(base), load.weights_of(base)
     adapters.check_base(stored, fingerprint.of_directory(Path(base)), force=settings.force)
-    said = f"wrote {settings.to}"
+    said = f"wrote {settings.to} from {stored.where}"
     if settings.target == "vllm":
         rank = vllm.max_lora_rank(stored.config, injection.plan(model, stored.config))
         said += f"; its server needs --max-lora-rank {rank} (the default is {vllm.DEFAULT_RANK})"

@@ -76,6 +76,8 @@ def read(path: str | Path | StoredAdapter) -> StoredAdapter:
     if isinstance(path, StoredAdapter):
         return path
     path = Path(path)
+    if not path.exists():
+        raise JloraError(f"{path} does not exist; give a run, an Orbax adapter or a PEFT directory")
     if checkpoint.is_adapter(path):
         return checkpoint.read_adapter(path)
     for own in (path, path / "adapter"):  # that of a finished run

@@ -109,6 +109,12 @@ class Bank:
             bank.add(name, stored, force=force)
         return bank
 
+    def __repr__(self) -> str:
+        return (
+            f"Bank({len(self.names)} of {self.capacity} adapters, rank {self.rank}: "
+            f"{', '.join(self.names[:SHOWN])}; active: {self.active})"
+        )
+
     @property
     def names(self) -> tuple[str, ...]:
         """Of the adapters, in the order in which they were added."""

@@ -39,6 +39,10 @@ class StoredAdapter:
     base: Fingerprint | None = None
     """Of what it was trained on, where the file says it."""
 
+    def __repr__(self) -> str:
+        held = len(self.factors) or len(self.tensors)  # of PEFT's, token rows and biases alone
+        return f"StoredAdapter({held} tensors, r={self.config.r}, {self.where!r})"
+
     def save(self, path: str | Path) -> None:
         """Write the adapter, as `save_adapter` does one of a model, to the new directory `path`.
 

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -58,7 +59,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings = parse(name, arguments[1:])
         use_compilation_cache()
         with log_to_stderr():
-            actions.COMMANDS[name][1](settings)
+            try:
+                actions.COMMANDS[name][1](settings)
+            finally:
+                sys.stdout.flush()
+    except BrokenPipeError:  # `jlora diff A B | head`: as a program that SIGPIPE ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
     except (JloraError, OSError) as error:  # an OSError names its file and what the system said
         print(f"jlora: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -320,8 +320,18 @@ def _check(
         raise JloraError(
             f"top_p is {top_p}; it must be above 0 and at most 1, which leaves no token out"
         )
+    if wrong := [i for i, prompt in enumerate(prompts) if not _is_tokens(prompt)]:
+        raise JloraError(
+            f"prompt {wrong[0]} (from 0) is {prompts[wrong[0]]!r:.60}, not a row of tokens: encode "
+            "texts with the model's tokenizer, as tokenizer(text)['input_ids'] of transformers does"
+        )
     if empty := [i for i, prompt in enumerate(prompts) if len(prompt) == 0]:
         raise JloraError(
             f"prompt {empty[0]} (from 0) has no token, so there is nothing to continue; give at "
             "least the token that begins a text"
         )
+
+
+def _is_tokens(prompt: Any) -> bool:
+    found = np.asarray(prompt)
+    return found.ndim == 1 and (found.dtype.kind in "iu" or not found.size)

@@ -94,6 +94,10 @@ def merge(settings: MergeConfig, *, quant: QuantConfig | None = None) -> Merged:
         quant = None
     into = _choose(settings, bool(tensors.quantised), quant)
     model = load.abstract(model_dir)
+    prompts = None
+    if settings.verify is not None:
+        tokenizer = chat.load_tokenizer(model_dir, model.config.vocab_size)
+        prompts = verify.read_prompts(settings.verify, tokenizer)
     adapters.check_base(stored, fingerprint.of_directory(model_dir), force=settings.force)
     leaves, _ = injection.partition(model, everything=True)
     places = {}
@@ -112,10 +116,6 @@ def merge(settings: MergeConfig, *, quant: QuantConfig | None = None) -> Merged:
     if tied and "lm_head.weight" in tensors.shapes():  # a copy, which is to stay one
         places["lm_head.weight"] = places["model.embed_tokens.weight"]
     weights = _Weights(settings, tensors, places, stored, plan, packed, quant, into)
-    prompts = None
-    if settings.verify is not None:
-        tokenizer = chat.load_tokenizer(model_dir, model.config.vocab_size)
-        prompts = verify.read_prompts(settings.verify, tokenizer)
     with new_directory(settings.to) as stage:
         changes: dict[str, Any] = {"quantization_config": None}
         if settings.dtype != "auto":

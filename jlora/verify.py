@@ -17,6 +17,7 @@ from jlora.models import load
 _POSITIONS = 8  # of a prompt, its last, which have seen the rest
 _WIDTH = 32  # prompts are padded to a multiple of this, so that few shapes are compiled
 _COMPUTED = 1e-4  # of the largest logit: what another order of float32 sums may do
+_FINEST = float(jnp.finfo(jnp.float32).eps)
 _ROUNDED = 4  # times eps of the largest logit: what rounding the weights may do
 
 
@@ -100,8 +101,14 @@ def compare(
     verified = Verified(difference, bound, effect, agreement, len(prompts))
     if not difference <= bound:
         raise JloraError(
-            f"the merged model is not the adapted one, and was not kept. {verified}. Is the "
-            "adapter's change lost in rounding (--dtype float32 keeps it), or is this a fault?"
+            f"the merged model is not the adapted one, and was not kept. {verified}. "
+            + (
+                "Is the adapter's change lost in rounding (--dtype float32 keeps it), or is this a "
+                "fault?"
+                if eps > _FINEST
+                else "Weights in float32 lose nothing that matters: is the bound too tight, or is "
+                "this a fault?"
+            )
         )
     return verified
 

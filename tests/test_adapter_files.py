@@ -354,8 +354,11 @@ def truncate(name: str) -> Callable[[Path], None]:
 
 A0, B0 = "layers__0__lora_A__weight", "layers__0__lora_B__weight"
 REFUSED: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
-    "nothing there": (lambda at: at, ["holds no adapter; expected a run (adapter/ or check"]),
-    "empty": (lambda at: (at.mkdir(), at)[1], ["holds no adapter", "adapter_config.json"]),
+    "nothing there": (lambda at: at, ["does not exist; give a run, an Orbax adapter or a"]),
+    "empty": (
+        lambda at: (at.mkdir(), at)[1],
+        ["holds no adapter; expected a run (adapter/ or check", "adapter_config.json"],
+    ),
     "full run": (full_run, ["trained all weights and has no adapter: use --model"]),
     "no weights": (
         edit(lambda at: (at / peft.WEIGHTS_FILE).unlink()),

@@ -311,6 +311,12 @@ def test_any_operations_leave_what_they_leave_of_a_dict(steps):
         assert contents(bank) == (active, held | {None: ZERO})
 
 
+def test_what_it_prints_is_short() -> None:
+    bank = jlora.Bank(MODEL, jlora.LoraConfig(r=3), capacity=3)
+    bank.add("a", ALONE[0])
+    assert repr(bank) == "Bank(1 of 3 adapters, rank 3: a; active: a)"
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -320,7 +326,7 @@ def test_any_operations_leave_what_they_leave_of_a_dict(steps):
         (lambda b: [b.add(x, ALONE[0]) for x in "bcd"][3:], "full with 3 adapters: .* a, b, c"),
         (lambda b: b.add("x", MODEL), "the model holds no adapter"),
         (lambda b: b.add("x", 3), "expected a Flax module, got int"),
-        (lambda b: b.add("x", "/nowhere"), "/nowhere holds no adapter"),
+        (lambda b: b.add("x", "/nowhere"), "/nowhere does not exist"),
         (lambda b: b.set_active("A"), "no adapter 'A'; .*holds 'a'"),
         (lambda b: b.delete("aa"), "no adapter 'aa'; did you mean 'a'"),
         (lambda b: b.delete("a"), "'a' is the active adapter: set_active another"),

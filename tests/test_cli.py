@@ -351,7 +351,8 @@ def test_generate_answers_each_prompt(home, says):
 
 def test_export_writes_the_runs_own_adapter(home, tmp_path, says, fails):
     to = tmp_path / "exported"
-    assert f"wrote {to}" in says("export", "--run", home / "run", "--to", to)
+    said = says("export", "--run", home / "run", "--to", to)
+    assert f"wrote {to} from {home / 'run' / 'checkpoints'}/" in said
     ours, theirs = contents(to), contents(home / "run" / "adapter")
     assert ours == theirs
     assert len(load_file(to / "adapter_model.safetensors")) == 2 * 2 * 2
@@ -365,7 +366,8 @@ def test_export_writes_the_runs_own_adapter(home, tmp_path, says, fails):
 def test_export_for_vllm(home, tmp_path, says, fails):
     to = tmp_path / "served"
     said = says("export", "--run", home / "run", "--to", to, "--target", "vllm")
-    assert f"wrote {to}; its server needs --max-lora-rank 8 (the default is 16)" in said
+    assert f"wrote {to} from {home / 'run'}" in said
+    assert "; its server needs --max-lora-rank 8 (the default is 16)" in said
     assert contents(to) == contents(home / "run" / "adapter")
     shutil.copytree(home / "run", tmp_path / "run")
     newest = max((tmp_path / "run" / "checkpoints").iterdir(), key=lambda step: int(step.name))
@@ -378,6 +380,23 @@ def test_export_for_vllm(home, tmp_path, says, fails):
     assert "vLLM would not serve this adapter" in said
     assert "patterns that change the scaling, which would be 4 everywhere, at 2 layers" in said
     assert not no.exists()
+
+
+def test_a_reader_that_stops_is_no_error(home):
+    """As of a program that SIGPIPE ends, which says nothing."""
+    flags = ("inspect", str(home / "run"), "--all-layers")
+    read, write = os.pipe()
+    os.close(read)
+    for piece in ({}, {"PYTHONUNBUFFERED": "1"}):
+        process = subprocess.run(
+            [sys.executable, "-m", "jlora.cli", *flags],
+            stdout=write,
+            stderr=subprocess.PIPE,
+            env=os.environ | piece,
+            check=False,
+        )
+        assert (process.returncode, process.stderr) == (141, b"")
+    os.close(write)
 
 
 def test_import_writes_what_a_run_would(home, tmp_path, says, fails):
@@ -400,6 +419,7 @@ def test_import_writes_what_a_run_would(home, tmp_path, says, fails):
     assert "is truncated or no safetensors file" in said
     assert not (tmp_path / "new").exists()
     assert "several adapters" not in fails("import", *flags, tmp_path, "--to", tmp_path / "new")
+    assert "this is a checkpoint of jlora's" in fails("import", *flags, to, "--to", tmp_path / "x")
 
 
 def test_export_and_import_demand_the_adapters_own_base(home, tmp_path, says, fails):

@@ -355,6 +355,7 @@ class TestCommand:
         self.combine(two, tmp_path / "peft", "--model", str(model))
         assert capsys.readouterr().out.splitlines()[-1] == f"wrote {tmp_path / 'peft'}"
         expected = jlora.combine_adapters(two, [1, -0.5])
+        assert repr(expected) == f"StoredAdapter(12 tensors, r=2, 'svd of {two[0]}, {two[1]}')"
         for form in ("orbax", "peft"):
             read = adapters.read(tmp_path / form)
             assert read.factors.keys() == expected.factors.keys()

@@ -363,8 +363,12 @@ def test_the_bound_and_the_prompts_are_the_users(home: Path, tmp_path: Path) -> 
     chats = tmp_path / "chats.jsonl"
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
     chats.write_text(json.dumps({"messages": turns}) + "\n")
-    with pytest.raises(JloraError, match=r"\(bound 1e-09; "):
+    with pytest.raises(JloraError, match=r"\(bound 1e-09; .* is the bound too tight"):
         merge(home, home / "a", tmp_path / "m", verify=chats, verify_bound=1e-9)
+    with pytest.raises(JloraError, match=r"\(bound 1e-09; .*--dtype float32 keeps it"):
+        merge(home, home / "a", tmp_path / "m", verify=chats, verify_bound=1e-9, dtype="bfloat16")
+    with pytest.raises(JloraError, match=r"nope\.txt cannot be read"):
+        merge(home, home / "a", tmp_path / "m", verify=tmp_path / "nope.txt")
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(JloraError, match=r"empty\.txt holds no prompt"):
         merge(home, home / "a", tmp_path / "m", verify=tmp_path / "empty.txt")

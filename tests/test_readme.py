@@ -41,7 +41,7 @@ BLOCKS = {
     "plan": "jlora.plan_targets(linen_model",
     "own, nnx": "jlora.register(Projection",
     "own, linen": "jlora.register(LinenProjection",
-    "qlora": 'jlora.load("models/smollm2"',
+    "qlora": 'jlora.load("models/smollm2", quant',
     "quantised, nnx": 'jlora.QuantConfig(kind="int8")',
     "quantised, linen": "jlora.QuantConfig(), params=params",
     "bank": "jlora.Bank(",
@@ -170,15 +170,15 @@ def adapters_of(model: Any, paths: dict[str, int]) -> None:
 
 def test_a_bank(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    model = jlora.load(write_model(tmp_path / "model"))
+    directory = write_model(tmp_path / "models" / "smollm2")
+    model = jlora.load(directory)
     adapters_of(model, {"runs/french": 1, "runs/terse": 2})
     tokens = TOKENS[:1].repeat(3, axis=0)
-    names: dict[str, Any] = {"jlora": jlora, "jax": jax, "model": model, "tokens": tokens}
-    names["prompts"] = list(np.asarray(tokens))
+    names: dict[str, Any] = {"jlora": jlora, "jax": jax, "tokens": tokens}
     run(block("bank"), names)
     alone = [model(tokens)[0]]
     for path in ("runs/terse", "runs/french"):
-        alone.append(jlora.load_adapter(path, jlora.load(tmp_path / "model"))(tokens)[0])
+        alone.append(jlora.load_adapter(path, jlora.load(directory))(tokens)[0])
     rows = names["run"](*names["bank"].partition(names["rows"]), tokens)
     for row, expected in zip(rows, alone[::-1], strict=True):
         assert jnp.abs(row - expected).max() < 1e-5
