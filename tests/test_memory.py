@@ -17,7 +17,7 @@ import jlora
 from jlora.data.batching import Batch
 from jlora.models import attention as module
 from jlora.models.attention import attention, blocked_attention, causal_attention, visible
-from jlora.models.transformer import CausalLM, ModelConfig
+from jlora.models.transformer import CausalLM, ModelConfig, swiglu
 from jlora.quant import blockwise, codebooks
 from jlora.quant.matmul import contract
 from jlora.quant.quantize import quantize
@@ -90,6 +90,50 @@ class TestBlockedAttention:
         monkeypatch.setattr(module, "_ROWS", 128)
         for one, expected in zip(output_and_grads(blocked_attention, *case), several, strict=True):
             assert_close(one, expected, 2e-6)
+
+
+class TestWholeSequences:
+    """Without slots, on CPU: parts, of which each has only the keys that it sees."""
+
+    @pytest.mark.parametrize(("length", "rows"), [(1, 4), (4, 4), (T, 1), (T, 4), (T, 5), (T, 64)])
+    @pytest.mark.parametrize("left", [0, 2])
+    def test_they_are_that_of_whole_rows(self, length, rows, left, monkeypatch) -> None:
+        monkeypatch.setattr(module, "_PART_ROWS", rows)
+        q, grad = normal(1, 2, length, 4, 8), normal(4, 2, length, 4, 8)
+        k, v = normal(2, 2, length, 2, 8), normal(3, 2, length, 2, 8)
+        valid = (
+            jnp.ones((2, length), bool).at[0, :left].set(False).at[1, length - left :].set(False)
+        )
+        grad = grad.at[0, :left].set(0)  # queries that see nothing
+        slots = jnp.arange(length)
+        right = output_and_grads(whole, (q, k, v), valid, slots, grad)
+        got = output_and_grads(causal_attention, (q, k, v), valid, None, grad)
+        got[0], right[0] = got[0].at[0, :left].set(0), right[0].at[0, :left].set(0)
+        for one, expected in zip(got, right, strict=True):
+            assert_close(one, expected, 2e-6)
+        assert bool(jnp.isfinite(got[0]).all())
+
+    @pytest.mark.parametrize(("platform", "parts"), [("cpu", True), ("cuda", False)])
+    def test_later_keys_are_not_scored(self, platform: str, parts: bool) -> None:
+        q, k = normal(1, 1, 300, 2, 8), normal(2, 1, 300, 1, 8)
+        valid = jnp.ones((1, 300), bool)
+        traced = jax.jit(lambda q: causal_attention(q, k, k, valid)).trace(q)
+        program = traced.lower(lowering_platforms=(platform,)).as_text()
+        scores = set(re.findall(r"tensor<1x1x150x(75|150|225|300)xf32>", program))
+        assert scores == ({"75", "150", "225", "300"} if parts else set())
+
+
+@pytest.mark.parametrize(("dtype", "near"), [(jnp.float32, 2e-6), (jnp.bfloat16, 2e-2)])
+def test_swiglu_is_what_autodiff_makes_of_it(dtype, near) -> None:
+    gate, up, grad = (normal(seed, 3, 50, dtype=dtype) * 4 for seed in (1, 2, 3))
+    exact = [x.astype(jnp.float32) for x in (gate, up, grad)]
+    out, vjp = jax.vjp(swiglu, gate, up)
+    right, exact_vjp = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, *exact[:2])
+    for one, expected in zip([out, *vjp(grad)], [right, *exact_vjp(exact[2])], strict=True):
+        assert one.dtype == dtype
+        assert_close(one, expected, near)
+    kept = jax.tree.leaves(vjp)
+    assert sum(leaf.size for leaf in kept) == 2 * gate.size
 
 
 COMPUTED = r"= stablehlo\.(dot_general|exponential|compare|select|and|dynamic_update_slice)\b"
@@ -237,7 +281,11 @@ def test_a_step_is_the_same_by_blocks(scan_layers: bool, monkeypatch) -> None:
         return fast_jit(jax.value_and_grad(loss))(trained)
 
     value, grads = compute()
-    monkeypatch.setattr("jlora.models.transformer.causal_attention", blocked_attention)
+
+    def by_blocks(q, k, v, valid, slots) -> jax.Array:
+        return blocked_attention(q, k, v, valid, jnp.arange(T) if slots is None else slots)
+
+    monkeypatch.setattr("jlora.models.transformer.causal_attention", by_blocks)
     jax.clear_caches()
     blocked_value, blocked_grads = compute()
     np.testing.assert_allclose(blocked_value, value, rtol=1e-6)

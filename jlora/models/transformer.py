@@ -71,8 +71,8 @@ class Context(NamedTuple):
     sin: Array
     valid: Array
     """bool (B, S), True for keys of real tokens."""
-    slots: Array
-    """int32 (T,), each token's own key, and the last that it sees."""
+    slots: Array | None
+    """With a cache: int32 (T,), each token's own key, and the last that it sees."""
 
 
 class Attention(nnx.Module):
@@ -103,6 +103,7 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, ctx.cos, ctx.sin), rotate(k, ctx.cos, ctx.sin)
         if cache is not None:
+            assert ctx.slots is not None
             k, v = (
                 jax.lax.dynamic_update_slice_in_dim(old, new, ctx.slots[0], axis=1)
                 for old, new in zip(cache, (k, v), strict=True)
@@ -110,6 +111,22 @@ class Attention(nnx.Module):
             cache = (k, v)
         out = causal_attention(q, k, v, ctx.valid, ctx.slots)
         return self.o_proj(out.reshape(*x.shape[:2], -1)), cache
+
+
+@jax.custom_vjp
+def swiglu(gate: Array, up: Array) -> Array:
+    """silu(gate) * up; its backward pass keeps these two alone, and computes the sigmoid again."""
+    return jax.nn.silu(gate) * up
+
+
+def _swiglu_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
+    gate, up = saved
+    sigmoid = jax.nn.sigmoid(gate)
+    silu = gate * sigmoid
+    return grad * up * (sigmoid + silu * (1 - sigmoid)), grad * silu
+
+
+swiglu.defvjp(lambda gate, up: (swiglu(gate, up), (gate, up)), _swiglu_backward)
 
 
 class MLP(nnx.Module):
@@ -127,7 +144,7 @@ class MLP(nnx.Module):
         """(..., D) -> (..., D)."""
         # One after the other, backwards too: XLA would dequantise both weights in one go.
         gate, x = jax.lax.optimization_barrier((self.gate_proj(x), x))
-        return self.down_proj(jax.nn.silu(gate) * self.up_proj(x))
+        return self.down_proj(swiglu(gate, self.up_proj(x)))
 
 
 class Block(nnx.Module):
@@ -193,8 +210,10 @@ class Transformer(nnx.Module):
         """
         x = self.embed_tokens(tokens)
         cos, sin = rotary_tables(positions, jnp.asarray(self.config.inv_freq, jnp.float32), x.dtype)
-        slots = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-        ctx = Context(cos, sin, valid, slots if cache is None else cache.length + slots)
+        slots = None
+        if cache is not None:
+            slots = cache.length + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        ctx = Context(cos, sin, valid, slots)
         run: Any = _run_jit
         if self.remat and cache is None:
             run = _run_scanned if self.scan_layers else _run_remat
