@@ -110,9 +110,10 @@ class Bank:
         return bank
 
     def __repr__(self) -> str:
+        more = ["…"] if len(self.names) > SHOWN else []
         return (
-            f"Bank({len(self.names)} of {self.capacity} adapters, rank {self.rank}: "
-            f"{', '.join(self.names[:SHOWN])}; active: {self.active})"
+            f"Bank(rank={self.rank}, capacity={self.capacity}, active={self.active!r}, "
+            f"names=[{', '.join([*map(repr, self.names[:SHOWN]), *more])}])"
         )
 
     @property

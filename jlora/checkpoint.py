@@ -40,7 +40,7 @@ class StoredAdapter:
     """Of what it was trained on, where the file says it."""
 
     def __repr__(self) -> str:
-        held = len(self.factors) or len(self.tensors)  # of PEFT's, token rows and biases alone
+        held = len(self.tensors or self.factors)
         return f"StoredAdapter({held} tensors, r={self.config.r}, {self.where!r})"
 
     def save(self, path: str | Path) -> None:

@@ -46,22 +46,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     `diff` exits with 1 where the adapters differ.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE, end="")
-        return
     try:
-        name = arguments[0]
-        if name not in actions.COMMANDS:
-            raise JloraError(
-                f"no command {name!r}{nearest(name, actions.COMMANDS) or '; see jlora --help'}"
-            )
-        settings = parse(name, arguments[1:])
-        use_compilation_cache()
-        with log_to_stderr():
-            try:
-                actions.COMMANDS[name][1](settings)
-            finally:
+        try:
+            run(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            if sys.stdout is not None:  # as it is where the shell has closed it
                 sys.stdout.flush()
     except BrokenPipeError:  # `jlora diff A B | head`: as a program that SIGPIPE ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -69,6 +58,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (JloraError, OSError) as error:  # an OSError names its file and what the system said
         print(f"jlora: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Run the command that the arguments begin with."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return
+    name = arguments[0]
+    if name not in actions.COMMANDS:
+        raise JloraError(
+            f"no command {name!r}{nearest(name, actions.COMMANDS) or '; see jlora --help'}"
+        )
+    settings = parse(name, arguments[1:])
+    use_compilation_cache()
+    with log_to_stderr():
+        actions.COMMANDS[name][1](settings)
 
 
 def parse(name: str, arguments: Sequence[str]) -> Any:

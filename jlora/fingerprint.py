@@ -127,10 +127,7 @@ def of_leaves(
         stacked = layers != [path]
         shapes |= dict.fromkeys(layers, tuple(leaf.shape[stacked:]))
         if isinstance(leaf, QuantArray):
-            quant = {"kind": leaf.kind}
-            if leaf.kind != "int8":
-                quant["block_size"] = leaf.block_size
-                quant["double_quant"] = leaf.nested_codes is not None
+            quant = quant_of(leaf)
         elif isinstance(leaf, jax.Array):
             sampled[path] = _sample_jit(leaf, stacked)
         elif isinstance(leaf, np.ndarray):
@@ -142,6 +139,14 @@ def of_leaves(
         for layer, row in zip(layers, rows, strict=True):
             hashes[layer] = f"{zlib.crc32(np.ascontiguousarray(row).tobytes()):08x}"
     return Fingerprint(architecture, shapes, hashes, quant)
+
+
+def quant_of(leaf: QuantArray) -> dict[str, Any]:
+    """How a weight is quantised, as `Fingerprint.quant` says it."""
+    if leaf.kind == "int8":
+        return {"kind": leaf.kind}
+    double = leaf.nested_codes is not None
+    return {"kind": leaf.kind, "block_size": leaf.block_size, "double_quant": double}
 
 
 def check(known: Fingerprint | None, now: Fingerprint, where: str) -> list[str]:

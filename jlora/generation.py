@@ -333,5 +333,8 @@ def _check(
 
 
 def _is_tokens(prompt: Any) -> bool:
-    found = np.asarray(prompt)
+    try:
+        found = np.asarray(prompt)
+    except ValueError:  # rows of several lengths
+        return False
     return found.ndim == 1 and (found.dtype.kind in "iu" or not found.size)

@@ -48,7 +48,7 @@ class Merged:
     """For each choice of `into` that there was: norm of what was (or would be) written less what
     training saw, over all weights that are adapted or quantised."""
     unseen: bool = False
-    """Whether training saw weights from before they were quantised: not those that there are."""
+    """Whether training saw other weights than there are: not quantised, or otherwise."""
     verified: verify.Verified | None = None
 
     def __str__(self) -> str:
@@ -62,8 +62,8 @@ class Merged:
             lines.append(f"{kind}: off by {error:.4g}{share} from {saw}{written}")
         if self.unseen:
             lines.append(
-                "the adapter was trained on weights from before they were quantised, which these "
-                "are not: what quantising them cost is in the merged model, and not in these lines"
+                "the adapter was trained on weights that were not quantised, or otherwise than "
+                "these: what that costs is in the merged model, and not in these lines"
             )
         return "\n".join(lines if self.verified is None else [*lines, str(self.verified)])
 
@@ -123,8 +123,8 @@ def merge(settings: MergeConfig, *, quant: QuantConfig | None = None) -> Merged:
         load.copy_beside(model_dir, stage, **changes)
         _write(stage, tensors, weights, indexed=(model_dir / INDEX).is_file())
         merged = Merged(into, len(found), math.hypot(*found.values()), *weights.measured())
-        known = stored.base is not None and not stored.base.quant
-        merged.unseen = known and bool(tensors.quantised)
+        saw = None if stored.base is None else stored.base.quant
+        merged.unseen = saw is not None and any(own != saw for own in weights.stored_as)
         if prompts is not None:
             seen = quant if into == "dequantized" else None
             merged.verified = verify.compare(
@@ -211,6 +211,8 @@ class _Weights:
         self.packed, self.quant, self.into = packed, quant, into
         self.targets = {target.site.weight_path: target for target in plan.targets}
         self.tokens = {f"{path}/embedding": path for path in plan.tokens}
+        self.stored_as: list[dict[str, Any]] = []
+        """How each weight that is quantised on disk is, as a fingerprint says it."""
         self.eps = 0.0
         """Of the coarsest dtype that a changed weight was rounded to."""
         self.read = 0.0
@@ -264,6 +266,7 @@ class _Weights:
         if self.quant is None:
             out, size = self.shape(name)
             q = self.tensors.read_quantised(name, (out, size), np.float32)
+            self.stored_as.append(fingerprint.quant_of(q))
         else:
             q = quantize_rows(
                 self.tensors.read(name),

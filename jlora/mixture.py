@@ -102,25 +102,30 @@ def concatenated(tasks: Sequence[Task]) -> tuple[Array, Array]:
 def cut(a: Array, b: Array, rank: int) -> tuple[Array, Array]:
     """The nearest factors of at most `rank` (Eckart & Young 1936), without forming A B."""
     rank = min(rank, a.shape[2], b.shape[2])
-    (left, of_a), (right, of_b) = _orthogonal(a), _orthogonal(b)
-    small_a, small_b = decomposed(jnp.asarray(left.swapaxes(1, 2) @ right, jnp.float32), rank)
-    return small_a @ of_a @ a, small_b @ of_b @ b
+    (la, qa), (lb, qb) = _orthogonal(a), _orthogonal(b)
+    core = jnp.asarray(la.swapaxes(1, 2) @ lb, jnp.float32)
+    small_a, small_b = decomposed(core, rank)
+    return small_a @ jnp.asarray(qa, jnp.float32), small_b @ jnp.asarray(qb, jnp.float32)
 
 
 def _orthogonal(x: Array) -> tuple[np.ndarray, np.ndarray]:
-    """L and M, both (n, r, r), of x = L Q and Q = M x, where Q has orthogonal rows, or rows of 0.
+    """L (n, r, r) and Q (n, r, size), float64: x = L Q, and Q's rows are orthogonal, or 0.
 
-    By the eigenvectors of x x^T in float64, where what squaring it costs is below the rounding of
+    By the eigenvectors of x x^T, in float64, where what squaring it costs is below the rounding of
     float32. (A QR decomposition of a thin matrix is a hundred small steps, between which LAPACK's
     threads wait for each other: on a machine with other work it took forty times as long.)
     """
     rows = np.asarray(x, np.float64)
+    if not np.isfinite(rows).all():  # for which eigh has only an exception, without saying where
+        return np.full((*rows.shape[:2], rows.shape[1]), np.nan), np.full_like(rows, np.nan)
+    # Of length 1: beside large rows small ones would be lost, whose counterparts in B may be large.
+    lengths = np.linalg.norm(rows, axis=2, keepdims=True)
+    rows = rows / np.where(lengths > 0, lengths, 1)
     values, vectors = np.linalg.eigh(rows @ rows.swapaxes(1, 2))
     root = np.sqrt(np.maximum(values, 0))[:, None]
     seen = root > np.finfo(np.float32).eps * root.max(-1, keepdims=True)
     inverse = np.divide(1, root, out=np.zeros_like(root), where=seen)
-    m = (vectors * inverse).swapaxes(1, 2)
-    return vectors * root, m.astype(np.float32)
+    return lengths * vectors * root, (vectors * inverse).swapaxes(1, 2) @ rows
 
 
 def decomposed(delta: Array, rank: int) -> tuple[Array, Array]:

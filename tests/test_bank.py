@@ -314,7 +314,7 @@ def test_any_operations_leave_what_they_leave_of_a_dict(steps):
 def test_what_it_prints_is_short() -> None:
     bank = jlora.Bank(MODEL, jlora.LoraConfig(r=3), capacity=3)
     bank.add("a", ALONE[0])
-    assert repr(bank) == "Bank(1 of 3 adapters, rank 3: a; active: a)"
+    assert repr(bank) == "Bank(rank=3, capacity=3, active='a', names=['a'])"
 
 
 @pytest.mark.parametrize(

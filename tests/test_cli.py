@@ -1,5 +1,6 @@
 """The command line as a user meets it: what it accepts, what it prints, how it says no."""
 
+import itertools
 import json
 import os
 import shutil
@@ -384,19 +385,22 @@ def test_export_for_vllm(home, tmp_path, says, fails):
 
 def test_a_reader_that_stops_is_no_error(home):
     """As of a program that SIGPIPE ends, which says nothing."""
-    flags = ("inspect", str(home / "run"), "--all-layers")
+    commands = [["inspect", str(home / "run"), "--all-layers"], ["--help"]]
     read, write = os.pipe()
     os.close(read)
-    for piece in ({}, {"PYTHONUNBUFFERED": "1"}):
+    for flags, unbuffered in itertools.product(commands, ("", "1")):
         process = subprocess.run(
             [sys.executable, "-m", "jlora.cli", *flags],
             stdout=write,
             stderr=subprocess.PIPE,
-            env=os.environ | piece,
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
             check=False,
         )
         assert (process.returncode, process.stderr) == (141, b"")
     os.close(write)
+    command = f"{sys.executable} -m jlora.cli --help >&-"
+    closed = subprocess.run(command, shell=True, capture_output=True, check=False)
+    assert (closed.returncode, closed.stderr) == (0, b"")
 
 
 def test_import_writes_what_a_run_would(home, tmp_path, says, fails):

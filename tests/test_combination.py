@@ -100,6 +100,18 @@ def test_svd_is_the_nearest_of_its_rank() -> None:
     np.testing.assert_allclose((a**2).sum(1), (b**2).sum(1), rtol=1e-4)  # equally large
 
 
+def test_svd_of_rows_of_any_length() -> None:
+    """Small rows of A count as much as the rows of B that they go with are large."""
+    read = adapter(0, 3)
+    scale = jnp.asarray([1.0, 1e-9, 1e9])
+    scaled = {}
+    for path, leaf in read.factors.items():
+        by = scale if path.endswith("lora_a") else 1 / scale
+        scaled[path] = leaf * by.reshape(-1, *[1] * (leaf.ndim - 1))
+    given = dataclasses.replace(read, factors=scaled)
+    assert_near(deltas(jlora.combine_adapters([given], [1.0], "svd")), deltas(read))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_adapter_is_itself(kind: str) -> None:
     density = 1.0 if kind in PRUNED else None
@@ -321,6 +333,15 @@ REFUSED: dict[str, tuple[list[StoredAdapter], list[float], str, dict[str, Any], 
             adapter(0), factors=adapter(0).factors | {"q/lora_a": jnp.full((2, 3, 2), jnp.nan)}
         )],
         [1.0], "cat", {}, ["the combination is not finite at q/lora_a"],
+    ),
+    "not finite, cut": (
+        [dataclasses.replace(
+            adapter(0, 8), factors={
+                path: leaf.at[(0,) * leaf.ndim].set(jnp.nan) if path == "q/lora_a" else leaf
+                for path, leaf in adapter(0, 8).factors.items()
+            }
+        )],
+        [1.0], "svd", {}, ["the combination is not finite at q/lora_a, q/lora_b"],
     ),
 }  # fmt: skip
 

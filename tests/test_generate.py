@@ -228,6 +228,7 @@ def test_adapters_count_and_their_dropout_is_off_for_the_call_alone():
         ({"batch_size": 0}, "batch_size = 0"),
         ({"prompts": [np.array([1]), np.array([], np.int32)]}, "prompt 1 "),
         ({"prompts": [[1, 2], "hello"]}, r"prompt 1 \(from 0\) is 'hello', not a row of tokens"),
+        ({"prompts": [[3, [4]]]}, r"prompt 0 \(from 0\) is \[3, \[4\]\], not a row of tokens"),
         ({"prompts": [np.ones(3, np.float32)]}, "prompt 0 .*not a row of tokens"),
         ({"prompts": np.ones((2, 3, 4), np.int32)}, "(?s)prompt 0 .*not a row of tokens"),
     ],

@@ -221,13 +221,17 @@ def test_a_quantised_directory_is_dequantised(home: Path, tmp_path: Path) -> Non
 
 
 def test_what_training_did_not_see_is_said(home: Path, tmp_path: Path) -> None:
-    said = "from before they were quantised, which these are not"
+    said = "trained on weights that were not quantised, or otherwise than these"
     quantised_since = merge(home, home / "a", tmp_path / "a", model=home / "small")
     assert said in str(quantised_since)
     assert "from W + ΔW" in str(quantised_since)
     seen = merge(home, home / "q", tmp_path / "q", model=home / "small")
     assert said not in str(seen)
     assert "from what training saw" in str(seen)
+    adapted = jlora.load(home / "tied", quant=jlora.QuantConfig(kind="int8"))
+    save(tmp_path / "int8", adapted)
+    otherwise = merge(home, tmp_path / "int8", tmp_path / "o", model=home / "small")
+    assert said in str(otherwise)
 
 
 def test_what_is_saved_whole_and_quantised_is_refused(home: Path, tmp_path: Path) -> None:
