@@ -129,7 +129,7 @@ def export(settings: commands.ExportConfig) -> None:
     stored = adapters.read_newest_checkpoint(settings.run)
     base = conversion.read_toml(Run(settings.run).config_file)["model"]
     model, weights = load.abstract(base), load.weights_of(base)
-    adapters.check_base(stored, fingerprint.of_directory(Path(base)), force=settings.force)
+    adapters.check_base(stored, fingerprint.of_directory(Path(base), model), force=settings.force)
     said = f"wrote {settings.to} from {stored.where}"
     if settings.target == "vllm":
         rank = vllm.max_lora_rank(stored.config, injection.plan(model, stored.config))
@@ -145,7 +145,7 @@ def import_adapter(settings: commands.ImportConfig) -> None:
 
     model, weights = load.abstract(settings.model), load.weights_of(settings.model)
     stored = peft.read_peft(settings.adapter)
-    base = fingerprint.of_directory(settings.model)
+    base = fingerprint.of_directory(settings.model, model)
     adapters.check_base(stored, base, force=settings.force)
     stored = peft.fit(stored, model, weights=weights, force=settings.force)
     dataclasses.replace(stored, base=base).save(settings.to)

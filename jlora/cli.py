@@ -85,11 +85,11 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
     """
     import tyro
 
-    cls, run = actions.COMMANDS[name]
+    cls, action = actions.COMMANDS[name]
     arguments, file = _take_config(list(arguments), name)
     default = _defaults(cls, file) if file else None
     return tyro.cli(
-        cls, prog=f"jlora {name}", description=run.__doc__, args=arguments, default=default
+        cls, prog=f"jlora {name}", description=action.__doc__, args=arguments, default=default
     )
 
 

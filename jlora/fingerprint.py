@@ -22,6 +22,7 @@ from jlora.config import QuantConfig
 from jlora.errors import JloraError
 from jlora.matching import dotted
 from jlora.models import load
+from jlora.models.transformer import CausalLM
 from jlora.quant.array import QuantArray
 
 _SAMPLES = 16  # values of a weight that are hashed
@@ -95,15 +96,18 @@ def of(model: Any, params: Any = None) -> Fingerprint:
     return of_leaves(_class(model).__name__, leaves.items(), stacks)
 
 
-def of_directory(model_dir: Path) -> Fingerprint:
+def of_directory(model_dir: Path, model: CausalLM) -> Fingerprint:
     """The fingerprint of the model in a Hugging Face directory, of which few values are read.
 
     Of a directory without weights it has no hashes.
 
+    Args:
+        model_dir: the directory.
+        model: its model with its layers unrolled, abstract.
+
     Raises:
         JloraError: files that are missing or truncated, or of several models.
     """
-    model = load.abstract(model_dir)
     if not any(model_dir.glob("*.safetensors")):
         return of(model)
     return of_leaves(type(model).__name__, load.views(model_dir, model), {})

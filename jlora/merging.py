@@ -98,7 +98,8 @@ def merge(settings: MergeConfig, *, quant: QuantConfig | None = None) -> Merged:
     if settings.verify is not None:
         tokenizer = chat.load_tokenizer(model_dir, model.config.vocab_size)
         prompts = verify.read_prompts(settings.verify, tokenizer)
-    adapters.check_base(stored, fingerprint.of_directory(model_dir), force=settings.force)
+    base = fingerprint.of_directory(model_dir, model)
+    adapters.check_base(stored, base, force=settings.force)
     leaves, _ = injection.partition(model, everything=True)
     places = {}
     for path, leaf in leaves.items():

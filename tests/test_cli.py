@@ -14,6 +14,7 @@ from helpers import compilation_cache, contents, write_chats, write_model
 from safetensors.numpy import load_file
 
 from jlora import actions, adapters, cli, fingerprint
+from jlora.models import load
 
 BASE = """\
 steps = 6
@@ -412,7 +413,8 @@ def test_import_writes_what_a_run_would(home, tmp_path, says, fails):
         for adapter in (to, peft)
     ]
     assert answers[0] == answers[1]
-    assert adapters.read(to).base == fingerprint.of_directory(home / "model")
+    base = fingerprint.of_directory(home / "model", load.abstract(home / "model"))
+    assert adapters.read(to).base == base
     before = contents(to)
     assert "exists already; save to a new directory" in fails("import", *flags, peft, "--to", to)
     assert contents(to) == before
@@ -423,7 +425,7 @@ def test_import_writes_what_a_run_would(home, tmp_path, says, fails):
     assert "is truncated or no safetensors file" in said
     assert not (tmp_path / "new").exists()
     assert "several adapters" not in fails("import", *flags, tmp_path, "--to", tmp_path / "new")
-    assert "this is a checkpoint of jlora's" in fails("import", *flags, to, "--to", tmp_path / "x")
+    assert "this is jlora's own form" in fails("import", *flags, to, "--to", tmp_path / "x")
 
 
 def test_export_and_import_demand_the_adapters_own_base(home, tmp_path, says, fails):

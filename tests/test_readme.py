@@ -173,9 +173,9 @@ def test_a_bank(tmp_path: Path, monkeypatch) -> None:
     directory = write_model(tmp_path / "models" / "smollm2")
     model = jlora.load(directory)
     adapters_of(model, {"runs/french": 1, "runs/terse": 2})
-    tokens = TOKENS[:1].repeat(3, axis=0)
-    names: dict[str, Any] = {"jlora": jlora, "jax": jax, "tokens": tokens}
+    names: dict[str, Any] = {}
     run(block("bank"), names)
+    tokens = names["tokens"]
     alone = [model(tokens)[0]]
     for path in ("runs/terse", "runs/french"):
         alone.append(jlora.load_adapter(path, jlora.load(directory))(tokens)[0])

@@ -178,7 +178,8 @@ def read_config(file: Path) -> config.LoraConfig:
             by name; values of a wrong type.
     """
     if not file.is_file():
-        known = ", and this is a checkpoint of jlora's" if (file.parent / "meta").is_dir() else ""
+        own = "; this is jlora's own form, which load_adapter and --adapter take as it is"
+        known = own if (file.parent / "meta").is_dir() else ""
         raise JloraError(f"{file} does not exist; a PEFT adapter is a directory with it{known}")
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
