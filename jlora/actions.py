@@ -7,12 +7,14 @@ import dataclasses
 import functools
 import itertools
 import json
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from jlora import commands, config, conversion
 from jlora.errors import JloraError
+from jlora.files import read_template, read_template_of
 
 
 def fetch(settings: commands.FetchConfig) -> None:
@@ -46,13 +48,15 @@ def evaluate(settings: commands.EvaluateConfig) -> None:
     from jlora.train import measure
 
     split = None if Path(settings.data).is_file() else "test"
-    records = source.load_records(settings.data, split)[: settings.rows]
+    records = source.load_records(settings.data, split, ignore=settings.ignore)[: settings.rows]
     labels = settings.labels or source.read_labels(settings.data)
     paths = [] if settings.adapter is None else [settings.adapter]
     model, tokenizer = load_base(settings, paths)
     for path in paths:
         adapters.load_adapter(path, model, force=settings.force, allow_zero=settings.force)
     examples, encoded = chat.encode_all(records, tokenizer, settings.max_length)
+    print(f"data: {encoded}", file=sys.stderr)
+    records = [record for record in records if record.trained]  # others have no answer to compare
     batches = measure.evaluation_batches(examples, settings.batch_size)
     answers = evaluate.answers(
         model,
@@ -212,10 +216,33 @@ def load_base(settings: Any, adapters: Iterable[Path]) -> tuple[Any, Any]:
     from jlora.models import families, load
 
     vocab_size = families.read_config(settings.model).vocab_size
-    tokenizer = chat.load_tokenizer(settings.model, vocab_size)
+    adapters = list(adapters)
+    template, name = _template_of(settings.chat_template, adapters)
+    tokenizer = chat.load_tokenizer(
+        settings.model, vocab_size, template=template, template_name=name
+    )
     dtype = load.compute_dtype(settings.dtype)
     quant = _quant_of(settings.model, adapters)
     return load.load(settings.model, dtype=dtype, quant=quant), tokenizer
+
+
+def _template_of(given: Path | None, adapters: Sequence[Path]) -> tuple[str | None, str]:
+    """Return the chat template to be used in place of the model's, and what messages call it.
+
+    Raises:
+        JloraError: adapters that were trained with different ones, and none that was given.
+    """
+    if given is not None:
+        return read_template(given), str(given)
+    found = {adapter: read_template_of(adapter) for adapter in adapters}
+    if len(set(found.values())) > 1:
+        own = [str(adapter) for adapter, template in found.items() if template is not None]
+        raise JloraError(
+            f"the adapters were trained with different chat templates ({', '.join(own)} with one "
+            "of its own): use them one by one, or give one for all with --chat-template FILE"
+        )
+    adapter, template = next(iter(found.items()), (None, None))
+    return template, f"of {adapter}"
 
 
 def _quant_of(model: Path, adapters: Iterable[Path]) -> config.QuantConfig | None:

@@ -12,6 +12,7 @@ import jax
 from jlora import canonical, checkpoint, fingerprint, injection, paths, peft
 from jlora.checkpoint import StoredAdapter
 from jlora.errors import JloraError
+from jlora.files import read_template_of
 from jlora.fingerprint import Fingerprint
 from jlora.norms import delta_norms, distance
 from jlora.quant import checks
@@ -104,7 +105,8 @@ def read_newest_checkpoint(run: Path) -> StoredAdapter:
     steps = _checkpoints(run)
     if not steps:
         raise JloraError(f"{run} holds no checkpoint of a run of jlora train")
-    return checkpoint.read_adapter(max(steps, key=lambda step: int(step.name)))
+    stored = checkpoint.read_adapter(max(steps, key=lambda step: int(step.name)))
+    return dataclasses.replace(stored, chat_template=read_template_of(run))
 
 
 def _checkpoints(run: Path) -> list[Path]:

@@ -19,6 +19,7 @@ from jax import Array
 
 from jlora import canonical, config, conversion, fingerprint, injection, paths, targets
 from jlora.errors import JloraError
+from jlora.files import TEMPLATE_FILE, read_template_of, write_text
 from jlora.fingerprint import Fingerprint
 
 SCHEMA_VERSION = 1
@@ -38,6 +39,8 @@ class StoredAdapter:
     `factors` are then the low-rank ones alone; only with a model is it known what all are."""
     base: Fingerprint | None = None
     """Of what it was trained on, where the file says it."""
+    chat_template: str | None = None
+    """What it was trained with in place of the model's own template."""
 
     def __repr__(self) -> str:
         held = len(self.tensors or self.factors)
@@ -59,6 +62,8 @@ class StoredAdapter:
                     meta=ocp.args.JsonSave(lora_meta(self.config, self.base)),
                 ),
             )
+        if self.chat_template is not None:
+            write_text(path / TEMPLATE_FILE, self.chat_template)
 
 
 def save_adapter(
@@ -158,6 +163,7 @@ def read_adapter(path: str | Path) -> StoredAdapter:
         factors=read.adapters,
         where=str(path),
         base=base_of(read.meta, path),
+        chat_template=read_template_of(path),
     )
 
 

@@ -5,6 +5,7 @@ Each weight is treated on its own, with the adapters that change it, and each ex
 
 import collections
 import dataclasses
+import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -116,7 +117,19 @@ def combine_adapters(
         where=f"{combination_type} of {', '.join(stored.where for stored in read)}",
         tensors={},
         base=next((stored.base for stored in read if stored.base is not None), None),
+        chat_template=_common_template(read),
     )
+
+
+def _common_template(read: Sequence[StoredAdapter]) -> str | None:
+    """Return the chat template that all adapters were trained with; None and a warning if none."""
+    if len({stored.chat_template for stored in read}) == 1:
+        return read[0].chat_template
+    logging.getLogger("jlora").warning(
+        "the adapters were trained with different chat templates: the combination keeps none of "
+        "them, and is used with the model's own unless --chat-template gives another"
+    )
+    return None
 
 
 def _roomiest(found: Sequence[Update]) -> Update:

@@ -47,6 +47,10 @@ class EvaluateConfig(Strict):
     """All the answers there can be; where not given, those in the data directory's labels.txt."""
     rows: int | None = None
     """Only the first rows."""
+    ignore: tuple[str, ...] = ()
+    """Keys of records and turns that are left out, as if they were not there."""
+    chat_template: Path | None = None
+    """File of a chat template to use in place of the adapter's or the model's own."""
     batch_size: int = 16
     """Rows that are run together."""
     max_length: int = 1024
@@ -75,6 +79,8 @@ class GenerateConfig(Strict):
     """Use an adapter that was trained on another base, or that changes nothing."""
     system: str | None = None
     """System message before each prompt; None leaves it to the chat template."""
+    chat_template: Path | None = None
+    """File of a chat template to use in place of the adapters' or the model's own."""
     max_new_tokens: int = 128
     """Longest answer, in tokens."""
     temperature: float = 0.0

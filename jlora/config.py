@@ -1,6 +1,7 @@
 """Frozen configurations: the only home of defaults. Unknown keys are errors that suggest a name."""
 
 import dataclasses
+import datetime
 import functools
 import math
 from collections.abc import Mapping
@@ -215,6 +216,8 @@ class QuantConfig(Strict):
 class LoaderConfig(Strict):
     """How records become batches."""
 
+    ignore: tuple[str, ...] = ()
+    """Keys of records and turns that are left out, as if they were not there."""
     max_length: int = 1024
     """Tokens kept of a record; the rest is cut away and counted."""
     batch_size: int = 16
@@ -284,6 +287,12 @@ class TrainConfig(Strict):
     """Optimiser steps; None means `epochs` times the data."""
     epochs: float = 1.0
     """Passes over the training rows, where `steps` is not given."""
+    chat_template: Path | None = None
+    """File of a chat template (Jinja) to use in place of the model's own. It goes with the run, and
+    with what the run exports."""
+    now: str | None = None
+    """Date and time that the chat template is told if it asks (strftime_now), as
+    2026-01-31T12:00:00. None: those of the run's start."""
     seed: int = 0
     """Of the initial factors, the order of rows, and dropout."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -309,3 +318,9 @@ class TrainConfig(Strict):
         check_least(self, least)
         if not math.isfinite(self.epochs):
             raise JloraError(f"epochs must be finite, got {self.epochs}")
+        try:
+            datetime.datetime.fromisoformat(self.now or "2026-01-31")
+        except ValueError:
+            raise JloraError(
+                f"now must be a date and time as 2026-01-31T12:00:00, got {self.now!r}"
+            ) from None

@@ -6,6 +6,7 @@ them apart, so the cache of the prompts serves all of them and is not copied for
 """
 
 import dataclasses
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -43,7 +44,8 @@ class AnswerReport:
 
     rows: int
     exact: float
-    """Answers that are the reference, to the letter, but for white space around them."""
+    """Answers that are the reference as the chat template writes it (some put an empty thought
+    before it), to the letter, but for white space around them."""
     label: float | None
     """Rows whose reference is the likeliest of the labels; None where there were none."""
     outputs: list[str]
@@ -52,7 +54,7 @@ class AnswerReport:
 
 def answers(
     model: CausalLM,
-    tokenizer: chat.Tokenizer,
+    tokenizer: chat.ChatTokenizer,
     records: Sequence[Record],
     *,
     labels: Sequence[str] | None,
@@ -77,9 +79,8 @@ def answers(
         batch_size: rows that are run together.
 
     Raises:
-        JloraError: no records; labels that repeat, or that lack some record's reference; a template
-            that ends a turn with none of `stop_ids`; or a tokenizer that joins the start of an
-            answer to the prompt.
+        JloraError: no records; labels that repeat, or that lack some record's reference; or a
+            template that ends a turn with none of `stop_ids`.
     """
     if not records or batch_size < 1:
         raise JloraError(
@@ -88,15 +89,19 @@ def answers(
     references = [chat.answer_text(record).strip() for record in records]
     prompts = [chat.prompt_tokens(record, tokenizer) for record in records]
     tree = None
+    right = []
+    for record, reference, prompt in zip(records, references, prompts, strict=True):
+        turn = record.messages[chat.last_answer(record)] | {"content": reference}
+        right.append(_spell(_answered(record, **turn), prompt, tokenizer, stop_ids))
+    longest = max(map(len, right))
     if labels is not None:
         labels = [label.strip() for label in labels]
         _check_labels(labels, references, records)
-        expected = [(records[0], label, prompts[0]) for label in labels]
-    else:
-        expected = list(zip(records, references, prompts, strict=True))
-    spelled = [_spell(*each, tokenizer, stop_ids) for each in expected]
-    longest = max(map(len, spelled))
-    if labels is not None:
+        spelled = [
+            _spell(_answered(records[0], content=label), prompts[0], tokenizer, stop_ids)
+            for label in labels
+        ]
+        longest = max(longest, *map(len, spelled))
         tree = _tree(spelled, labels)
 
     outputs = [""] * len(records)
@@ -105,13 +110,13 @@ def answers(
     for rows, tokens, likeliest in _run(model, prompts, tree, longest, stop_ids, batch_size):
         for row, line in zip(rows, tokens, strict=True):
             new = line[line >= 0]
-            outputs[row] = tokenizer.decode(new.tolist(), skip_special_tokens=True).strip()
-            exact[row] = len(new) < longest and outputs[row] == references[row]
+            outputs[row] = _said(new, tokenizer)
+            exact[row] = len(new) < longest and outputs[row] == _said(right[row][:-1], tokenizer)
         chosen[rows] = likeliest
-    right = None
+    label = None
     if labels is not None:
-        right = float(np.mean([labels[c] == r for c, r in zip(chosen, references, strict=True)]))
-    return AnswerReport(len(records), float(exact.mean()), right, outputs)
+        label = float(np.mean([labels[c] == r for c, r in zip(chosen, references, strict=True)]))
+    return AnswerReport(len(records), float(exact.mean()), label, outputs)
 
 
 class _Tree(NamedTuple):
@@ -246,38 +251,40 @@ def _tree(spelled: Sequence[tuple[int, ...]], labels: Sequence[str]) -> _Tree:
     return tree
 
 
+def _answered(record: Record, **turn: Any) -> Record:
+    """Return the conversation up to its last answer, of which the keys of `turn` are others."""
+    last = chat.last_answer(record)
+    messages = [*record.messages[:last], {"role": "assistant", **turn}]
+    return dataclasses.replace(record, messages=messages, context=record.context - {last})
+
+
 def _spell(
     record: Record,
-    answer: str,
     prompt: np.ndarray,
-    tokenizer: chat.Tokenizer,
+    tokenizer: chat.ChatTokenizer,
     stop_ids: Sequence[int],
 ) -> tuple[int, ...]:
-    """The tokens of `answer` where the record's stands, up to and with the one that ends the turn.
+    """Return the tokens of the last answer, up to and with the one that ends the turn.
 
-    They are taken from the whole conversation, as training sees them: some tokenizers spell a text
-    differently at its start, and some templates alter an answer.
+    They are those that training has: some tokenizers spell a text differently at its start, and
+    templates may put something before an answer.
     """
-    last = chat.last_answer(record)
-    turn = Message(role="assistant", content=answer)
-    asked = Record([*record.messages[:last], turn], record.where)
-    tokens = chat.encode(asked, tokenizer, max_length=len(prompt) + 10 * len(answer) + 100).tokens
-    if not np.array_equal(tokens[: len(prompt)], prompt):
-        raise JloraError(
-            f"{record.where}: the tokenizer joins the start of the answer {answer!r} to the end of "
-            "the prompt, so the answer has no tokens of its own. Let the chat template end the "
-            "generation prompt with a special token or a line break."
-        )
+    tokens = chat.encode(record, tokenizer, max_length=sys.maxsize)[-1].tokens
     after = tokens[len(prompt) :].tolist()
     end = next((i for i, token in enumerate(after) if token in stop_ids), None)
     if end is None:
         raise JloraError(
-            f"{record.where}: the chat template ends the answer {answer!r} with "
+            f"{record.where}: the chat template ends the answer {chat.answer_text(record)!r} with "
             f"{tokenizer.convert_ids_to_tokens(after[-3:])}, and none of stop_ids = "
             f"{list(stop_ids)} is there. Add the token that ends a turn to them, or to "
             "eos_token_id in generation_config.json."
         )
     return tuple(after[: end + 1])
+
+
+def _said(tokens: Sequence[int] | np.ndarray, tokenizer: chat.ChatTokenizer) -> str:
+    """Return the text of an answer, without special tokens and the white space around it."""
+    return tokenizer.decode([int(token) for token in tokens], skip_special_tokens=True).strip()
 
 
 def _check_labels(

@@ -1,4 +1,4 @@
-"""Writing to disk so that what is there is the old whole or the new whole."""
+"""Files: writing them so that what is there is the old whole or the new whole; templates."""
 
 import json
 import math
@@ -14,6 +14,9 @@ from typing import Any
 import numpy as np
 
 from jlora.errors import JloraError
+
+TEMPLATE_FILE = "chat_template.jinja"
+"""Name of the file in which a model, a run or an adapter has its chat template."""
 
 
 def demand_free(to: Path) -> None:
@@ -58,6 +61,30 @@ def write_text(file: Path, text: str) -> None:
         scratch.write(text)
     os.chmod(scratch.name, 0o644)  # temporary files are their owner's alone
     os.replace(scratch.name, file)
+
+
+def read_template(file: Path) -> str:
+    """Return the text of a chat template.
+
+    Raises:
+        JloraError: the file cannot be read, or is empty.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise JloraError(f"{file} cannot be read as a chat template: {error}") from None
+    if not text.strip():
+        raise JloraError(f"{file} is empty: it must hold a chat template, in Jinja")
+    return text
+
+
+def read_template_of(adapter: Path) -> str | None:
+    """Return the chat template that a run or an adapter was trained with.
+
+    None where it was the model's own.
+    """
+    file = adapter / TEMPLATE_FILE
+    return read_template(file) if file.is_file() else None
 
 
 # safetensors' name of a dtype -> NumPy's

@@ -109,28 +109,40 @@ def generate(
 
 
 def stop_ids(model_dir: str | Path, tokenizer: Any) -> tuple[int, ...]:
-    """The tokens that end an answer: `eos_token_id` of generation_config.json, and the tokenizer's.
+    """Return the tokens that end an answer, all that anything names, in ascending order.
+
+    These are `eos_token_id` of generation_config.json and config.json, the tokenizer's, and the
+    token that its chat template writes behind an answer, which is what training teaches.
 
     Raises:
-        JloraError: generation_config.json is malformed, or neither names a token.
+        JloraError: a file is malformed, or none of them names a token.
     """
-    path = Path(model_dir) / "generation_config.json"
-    found: Any = None
-    if path.is_file():
-        try:
-            found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        except (ValueError, AttributeError):
-            raise JloraError(f"{path} is not a JSON object; fetch the model again") from None
-    listed = found if isinstance(found, list) else [found]
-    ids = [i for i in (*listed, tokenizer.eos_token_id) if i is not None]
-    if wrong := [i for i in ids if not isinstance(i, int) or isinstance(i, bool)]:
-        raise JloraError(f"{path}: eos_token_id holds {wrong[0]!r}, which is not a token's number")
+    found = [tokenizer.eos_token_id, tokenizer.turn_end_id]
+    for name in ("generation_config.json", "config.json"):
+        if (path := Path(model_dir) / name).is_file():
+            found += _eos_tokens(path)
+    ids = {token for token in found if token is not None}
     if not ids:
         raise JloraError(
             f"{model_dir}: nothing says which token ends an answer. Set eos_token_id in "
             "generation_config.json, or eos_token in tokenizer_config.json."
         )
-    return tuple(sorted(set(ids)))
+    return tuple(sorted(ids))
+
+
+def _eos_tokens(file: Path) -> list[int]:
+    """Return what `eos_token_id` of a configuration names: a token, several, or none."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        listed = config.get("eos_token_id")
+        if listed is None:  # of a model of text and images
+            listed = (config.get("text_config") or {}).get("eos_token_id")
+    except (ValueError, AttributeError, RecursionError):
+        raise JloraError(f"{file} is not a JSON object; fetch the model again") from None
+    ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
+    if wrong := [i for i in ids if not isinstance(i, int) or isinstance(i, bool)]:
+        raise JloraError(f"{file}: eos_token_id holds {wrong[0]!r}, which is not a token's number")
+    return ids
 
 
 def batches(lengths: Sequence[int], batch_size: int) -> Iterator[np.ndarray]:

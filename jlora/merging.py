@@ -21,7 +21,7 @@ from jlora.commands import MergeConfig
 from jlora.config import QuantConfig
 from jlora.data import chat
 from jlora.errors import JloraError
-from jlora.files import demand_free, new_directory, write_tensors, write_text
+from jlora.files import TEMPLATE_FILE, demand_free, new_directory, write_tensors, write_text
 from jlora.models import families, load
 from jlora.models.tensors import INDEX, Tensors
 from jlora.quant import checks
@@ -96,7 +96,9 @@ def merge(settings: MergeConfig, *, quant: QuantConfig | None = None) -> Merged:
     model = load.abstract(model_dir)
     prompts = None
     if settings.verify is not None:
-        tokenizer = chat.load_tokenizer(model_dir, model.config.vocab_size)
+        tokenizer = chat.load_tokenizer(
+            model_dir, model.config.vocab_size, template=stored.chat_template
+        )
         prompts = verify.read_prompts(settings.verify, tokenizer)
     base = fingerprint.of_directory(model_dir, model)
     adapters.check_base(stored, base, force=settings.force)
@@ -122,6 +124,8 @@ def merge(settings: MergeConfig, *, quant: QuantConfig | None = None) -> Merged:
         if settings.dtype != "auto":
             changes |= {"dtype": None, "torch_dtype": settings.dtype}
         load.copy_beside(model_dir, stage, **changes)
+        if stored.chat_template is not None:
+            write_text(stage / TEMPLATE_FILE, stored.chat_template)
         _write(stage, tensors, weights, indexed=(model_dir / INDEX).is_file())
         merged = Merged(into, len(found), math.hypot(*found.values()), *weights.measured())
         saw = None if stored.base is None else stored.base.quant

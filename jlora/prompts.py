@@ -10,7 +10,7 @@ from jlora import adapters, conversion
 from jlora.bank import Bank
 from jlora.config import Strict
 from jlora.data.records import Malformed, Message
-from jlora.data.source import read_rows
+from jlora.data.rows import read_rows
 from jlora.errors import JloraError, nearest
 from jlora.paths import SHOWN
 

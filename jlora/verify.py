@@ -10,7 +10,7 @@ import numpy as np
 
 from jlora import adapters, injection
 from jlora.checkpoint import StoredAdapter
-from jlora.data import chat, source
+from jlora.data import chat, rows, source
 from jlora.errors import JloraError
 from jlora.models import load
 
@@ -47,7 +47,7 @@ def read_prompts(file: Path, tokenizer: Any) -> list[np.ndarray]:
     Raises:
         JloraError: there are none, or the file cannot be read.
     """
-    if file.suffix in source.SUFFIXES:
+    if file.suffix in rows.SUFFIXES:
         return [chat.prompt_tokens(record, tokenizer) for record in source.load_records(file)]
     try:
         lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from jlora.data import chat
 from jlora.data.chat import (
+    Example,
     answer_text,
     encode,
     encode_all,
@@ -112,14 +113,20 @@ def conversation(*contents: str, where: str = "train.jsonl:7") -> Record:
     return Record(turns, where)
 
 
+def row_of(record: Record, tokenizer, max_length: int = 10_000) -> Example:
+    """The only row of a record."""
+    (example,) = encode(record, tokenizer, max_length)
+    return example
+
+
 def trained_text(record: Record, tokenizer, max_length: int = 10_000) -> str:
-    example = encode(record, tokenizer, max_length)
+    example = row_of(record, tokenizer, max_length)
     return tokenizer.decode(example.tokens[example.trained].tolist())
 
 
 class TestMask:
     def test_it_reads_as_meant(self, tokenizers: dict) -> None:
-        example = encode(conversation("Hi?", "Hello."), tokenizers["chatml"], 100)
+        example = row_of(conversation("Hi?", "Hello."), tokenizers["chatml"], 100)
         assert show_mask(example, tokenizers["chatml"]) == (
             "<|im_start|>system\nBe kind.<|im_end|>\n"
             "<|im_start|>user\nHi?<|im_end|>\n"
@@ -145,12 +152,6 @@ class TestMask:
                 "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n[[b<|im_end|>]]\n"
                 "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n[[d<|im_end|>]]\n<|eos|>",
             ),
-            # No end of turn in the template: the last turn gets the end-of-sequence token.
-            (
-                "plain",
-                "### user:\na\n\n### assistant:\n[[b]]\n\n### user:\nc\n\n"
-                "### assistant:\n[[d<|eos|>]]",
-            ),
             (
                 "plain, no eos",
                 "### user:\na\n\n### assistant:\n[[b]]\n\n### user:\nc\n\n"
@@ -161,8 +162,19 @@ class TestMask:
     def test_two_turns_in_other_templates(
         self, template: str, shown: str, tokenizers: dict
     ) -> None:
-        example = encode(conversation("a", "b", "c", "d"), tokenizers[template], 1000)
+        example = row_of(conversation("a", "b", "c", "d"), tokenizers[template], 1000)
         assert show_mask(example, tokenizers[template]) == shown
+
+    def test_without_an_end_of_turn_each_answer_gets_the_end_of_sequence(
+        self, tokenizers: dict
+    ) -> None:
+        first, second = encode(conversation("a", "b", "c", "d"), tokenizers["plain"], 1000)
+        assert show_mask(first, tokenizers["plain"]) == (
+            "### user:\na\n\n### assistant:\n[[b<|eos|>]]"
+        )
+        assert show_mask(second, tokenizers["plain"]) == (
+            "### user:\na\n\n### assistant:\nb\n\n### user:\nc\n\n### assistant:\n[[d<|eos|>]]"
+        )
 
     # The tokenizer is to see text as it is: without what it would take for its special tokens.
     text = st.text(st.characters(codec="utf-8"), max_size=20)
@@ -174,12 +186,9 @@ class TestMask:
         self, contents: list[tuple[str, str]], name: str, tokenizers: dict
     ) -> None:
         record = conversation(*[text for pair in contents for text in pair])
-        # A line break that begins an answer shares its token with the one before it.
-        expected = [
-            ("\n" if answer.startswith("\n") else "") + answer + "<|im_end|>"
-            for _, answer in contents
-        ]
-        assert trained_text(record, tokenizers[name]) == "".join(expected)
+        rows = encode(record, tokenizers[name], 10_000)
+        texts = [tokenizers[name].decode(row.tokens[row.trained].tolist()) for row in rows]
+        assert "".join(texts) == "".join(answer + "<|im_end|>" for _, answer in contents)
 
     @pytest.mark.parametrize(
         "answer",
@@ -194,33 +203,64 @@ class TestMask:
         record = conversation("a", "", "b", "")
         assert trained_text(record, tokenizers["chatml"]) == "<|im_end|>" * 2
 
-    def test_a_token_that_straddles_the_edge_is_trained(self, tokenizers: dict) -> None:
-        example = encode(conversation("a", "\nb"), tokenizers["chatml"], 100)
-        assert show_mask(example, tokenizers["chatml"]).endswith("assistant[[\n\nb<|im_end|>]]\n")
+    def test_no_token_straddles_the_edge(self, tokenizers: dict) -> None:
+        # In the whole text "\n\n" is one token; generation has seen the first line break alone.
+        tokenizer = tokenizers["chatml"]
+        example = row_of(conversation("a", "\nb"), tokenizer)
+        prompt = prompt_tokens(conversation("a", "\nb"), tokenizer)
+        np.testing.assert_array_equal(example.tokens[: len(prompt)], prompt)
+        assert show_mask(example, tokenizer).endswith("assistant\n[[\nb<|im_end|>]]\n")
 
     def test_the_first_token_is_not_trained(self, tokenizers: dict) -> None:
         # Here the answer is all there is, and its first token has nothing to be predicted from.
-        example = encode(conversation("a", "bcd"), tokenizers["bare"], 100)
+        example = row_of(conversation("", "bcd"), tokenizers["bare"], 100)
         assert show_mask(example, tokenizers["bare"]) == "b[[cd<|eos|>]]"
 
-    def test_turns_after_the_last_answer_are_not_trained(self, tokenizers: dict) -> None:
-        example = encode(conversation("a", "b", "c"), tokenizers["chatml"], 100)
-        assert show_mask(example, tokenizers["chatml"]).endswith(
-            "[[b<|im_end|>]]\n<|im_start|>user\nc<|im_end|>\n"
-        )
+    def test_a_row_ends_with_the_last_answer(self, tokenizers: dict) -> None:
+        example = row_of(conversation("a", "b", "c"), tokenizers["chatml"], 100)
+        assert show_mask(example, tokenizers["chatml"]).endswith("[[b<|im_end|>]]\n")
 
     def test_a_system_turn_replaces_the_default(self, tokenizers: dict) -> None:
         turns = [{"role": "system", "content": "Be brief."}, *conversation("a", "b").messages]
-        example = encode(Record(turns, ""), tokenizers["chatml"], 100)
+        example = row_of(Record(turns, ""), tokenizers["chatml"], 100)
         assert show_mask(example, tokenizers["chatml"]).startswith(
             "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user"
         )
 
-    @pytest.mark.parametrize("name", ["rewrites", "opens"])
-    def test_templates_that_rewrite_history_are_refused(self, name: str, tokenizers: dict) -> None:
-        with pytest.raises(JloraError, match=r"train.jsonl:7: .* does not render turn 1") as caught:
-            encode(conversation("a", "b", "c", "d"), tokenizers[name], 100)
-        assert tokenizers[name].name_or_path in str(caught.value)
+    @pytest.mark.parametrize(
+        ("name", "shown"),
+        [
+            (
+                "rewrites",
+                [
+                    "assistant\n[[<think></think>b<|im_end|>]]\n",
+                    "assistant\nb<|im_end|>\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n"
+                    "[[<think></think>d<|im_end|>]]\n",
+                ],
+            ),
+            (
+                "opens",
+                [
+                    "assistant\n<think>[[\n</think>\n\nb<|im_end|>]]\n",
+                    "assistant\nb<|im_end|>\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n"
+                    "<think>[[\n</think>\n\nd<|im_end|>]]\n",
+                ],
+            ),
+        ],
+    )
+    def test_templates_that_rewrite_history_have_a_row_for_each_answer(
+        self, name: str, shown: list[str], tokenizers: dict
+    ) -> None:
+        record = conversation("a", "b", "c", "d")
+        examples, report = encode_all([record], tokenizers[name], 1000)
+        for example, end in zip(examples, shown, strict=True):
+            assert show_mask(example, tokenizers[name]).endswith(end)
+        assert [example.where for example in examples] == [
+            "train.jsonl:7, turn 1",
+            "train.jsonl:7, turn 3",
+        ]
+        assert (report.records, report.rows, report.several) == (1, 2, 1)
+        assert "1 of 1 records are a row for each answer" in str(report)
 
     def test_what_a_template_adds_to_the_last_turn_is_trained(self, tokenizers: dict) -> None:
         got = trained_text(conversation("a", "b"), tokenizers["rewrites"])
@@ -228,9 +268,9 @@ class TestMask:
 
     def test_a_template_that_refuses_the_turns(self, tokenizers: dict) -> None:
         with pytest.raises(
-            JloraError, match=r"train.jsonl:7: .* user, assistant: roles must alternate"
+            JloraError, match=r"train.jsonl:7: .* refuses the turns user: roles must alternate"
         ):
-            encode(conversation("a", "b"), tokenizers["refuses"], 100)
+            row_of(conversation("a", "b"), tokenizers["refuses"], 100)
         with pytest.raises(JloraError, match=r"the prompt: .* roles must alternate"):
             encode_prompt("a", tokenizers["refuses"])
 
@@ -239,8 +279,8 @@ class TestTruncation:
     @given(max_length=st.integers(2, 200))
     @settings(deadline=None, max_examples=30)
     def test_it_keeps_the_first_tokens(self, max_length: int, tokenizers: dict) -> None:
-        whole = encode(conversation("a" * 40, "b" * 40), tokenizers["chatml"], 10_000)
-        cut = encode(conversation("a" * 40, "b" * 40), tokenizers["chatml"], max_length)
+        whole = row_of(conversation("a" * 40, "b" * 40), tokenizers["chatml"], 10_000)
+        cut = row_of(conversation("a" * 40, "b" * 40), tokenizers["chatml"], max_length)
         np.testing.assert_array_equal(cut.tokens, whole.tokens[:max_length])
         np.testing.assert_array_equal(cut.trained, whole.trained[:max_length])
 
@@ -272,7 +312,7 @@ class TestTruncation:
         records = [conversation("?" * n, "!" * n) for n in range(1, 9)]
         examples, report = encode_all(records, tokenizers["chatml"], 1000)
         for record, example in zip(records, examples, strict=True):
-            alone = encode(record, tokenizers["chatml"], 1000)
+            alone = row_of(record, tokenizers["chatml"], 1000)
             np.testing.assert_array_equal(example.tokens, alone.tokens)
             np.testing.assert_array_equal(example.trained, alone.trained)
         assert report.truncated == report.dropped == 0
@@ -289,7 +329,7 @@ class TestTruncation:
 
     def test_max_length_below_2(self, tokenizers: dict) -> None:
         with pytest.raises(JloraError, match="max_length is 1; it must be at least 2"):
-            encode(conversation("a", "b"), tokenizers["chatml"], 1)
+            row_of(conversation("a", "b"), tokenizers["chatml"], 1)
 
 
 class TestPrompts:
@@ -302,7 +342,7 @@ class TestPrompts:
             "b<|im_end|>\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n"
         )
         assert answer_text(record) == "d"
-        whole = encode(record, tokenizer, 1000).tokens
+        whole = row_of(record, tokenizer, 1000).tokens
         np.testing.assert_array_equal(prompt, whole[: len(prompt)])
 
     def test_a_users_prompt(self, tokenizers: dict) -> None:

@@ -43,7 +43,9 @@ def refusal(source: str | Path, split: str | None = None) -> str:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_each_shape_is_read_as_messages(shape: str, tmp_path: Path) -> None:
     path = write_lines(tmp_path / "x.jsonl", SHAPES[shape])
-    assert load_records(path) == [Record(CHAT, "x.jsonl:1")]
+    (record,) = load_records(path)
+    assert (record.messages, record.where) == (CHAT, "x.jsonl:1")
+    assert record.harmless == (("id",) if "id" in SHAPES[shape] else ())
 
 
 def test_alpaca_input_follows_the_instruction(tmp_path: Path) -> None:
@@ -127,11 +129,11 @@ class TestJsonArray:
         ({"messages": [{"role": "asistant", "content": "a"}]}, "did you mean 'assistant'?"),
         ({"messages": [{"role": "user"}]}, "messages[0] has a content that is missing or null"),
         ({"messages": [CHAT[0], {"role": "user", "content": ["a"]}]}, "messages[1] has a content"),
-        ({"messages": [{"from": "human", "value": "a"}]}, "messages[0] has role None"),
-        ({"messages": [CHAT[0], {**CHAT[1], "tool_calls": [{}]}]}, "cannot train on tool calls"),
-        ({"messages": [CHAT[0], {**CHAT[1], "weight": 0}]}, "messages[1] has weight 0"),
+        ({"messages": [{"name": "human", "value": "a"}]}, "messages[0] has role None"),
+        ({"messages": [CHAT[0], {**CHAT[1], "tool_calls": [{}]}]}, "messages[1] has the tool call"),
+        ({"messages": [CHAT[0], {**CHAT[1], "weight": 0.5}]}, "messages[1] has weight 0.5"),
         ({"conversations": [{"from": "human", "value": 1}]}, "a value that is the value 1"),
-        ({"conversations": [{"from": "bot", "value": "a"}]}, "known: human, gpt, system"),
+        ({"conversations": [{"from": "bot", "value": "a"}]}, "known: system, user, assistant"),
         ('{"prompt": "\\ud83d", "completion": "a"}', "half a surrogate pair, '\\ud83d'"),
     ],
 )

@@ -36,11 +36,13 @@ def byte_tokenizer(template=TEMPLATE, merges=()):
     backend = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=list(merges)))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token=END,
-        additional_special_tokens=["<|turn|>"],
-        chat_template=template,
+    return chat.ChatTokenizer(
+        PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            eos_token=END,
+            additional_special_tokens=["<|turn|>"],
+            chat_template=template,
+        )
     )
 
 
@@ -178,7 +180,8 @@ def test_counts_exact_answers_and_likeliest_labels(tokenizer):
 def test_an_answer_that_goes_on_is_not_exact(tokenizer):
     # No stop after the space: stripped, what was written equals the reference.
     report = answers(tokenizer, follows(tokenizer, start="y", y="e", e="space"))
-    assert report == evaluate.AnswerReport(3, 0.0, 2 / 3, ["ye"] * 3)
+    assert (report.exact, report.label) == (0.0, 2 / 3)
+    assert report.outputs[0].startswith("ye ")
 
 
 def test_a_second_model_compiles_nothing(tokenizer, monkeypatch):
@@ -198,8 +201,33 @@ def test_an_answer_is_spelled_in_place_of_the_last_turn(tokenizer):
     asked = Record([{"role": role, "content": text} for role, text in turns], "test.jsonl:1")
     prompt = chat.prompt_tokens(asked, tokenizer)
     stop = tokenizer.eos_token_id
-    spelled = evaluate._spell(asked, "no", prompt, tokenizer, [stop])
+    spelled = evaluate._spell(evaluate._answered(asked, content="no"), prompt, tokenizer, [stop])
     assert spelled == (*tokenizer.convert_tokens_to_ids(["n", "o"]), stop)
+
+
+THINKS = TEMPLATE.replace(
+    "{{ m.content }}",
+    "{% if loop.last and m.role == 'assistant' %}+-{% endif %}{{ m.content }}",
+)
+
+
+def test_an_answer_is_compared_as_the_template_writes_it():
+    # As Qwen3's puts an empty thought before an answer, which the model learns to write.
+    thinks = byte_tokenizer(THINKS)
+    report = evaluate.answers(
+        follows(thinks, **{"start": "+", "+": "-", "-": "y", "y": "e", "e": "end"}),
+        thinks, RECORDS, labels=["no", "ye"], stop_ids=[thinks.eos_token_id], batch_size=2,
+    )  # fmt: skip
+    assert report == evaluate.AnswerReport(3, 2 / 3, 2 / 3, ["+-ye"] * 3)
+
+
+def test_the_last_answer_that_is_trained_is_the_reference(tokenizer):
+    turns = [("user", "q"), ("assistant", "ye"), ("user", "r"), ("assistant", "no")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    asked = [Record(messages, "test.jsonl:1", context=frozenset([3]))]
+    model = follows(tokenizer, start="y", y="e", e="end")
+    stops = [tokenizer.eos_token_id]
+    assert evaluate.answers(model, tokenizer, asked, labels=None, stop_ids=stops).exact == 1.0
 
 
 def test_references_that_are_no_label(tokenizer):
@@ -231,21 +259,23 @@ def test_no_records(tokenizer):
         evaluate.answers(tiny(), tokenizer, [], labels=None, stop_ids=[256])
 
 
-def test_a_tokenizer_that_joins_answer_and_prompt():
+def test_a_tokenizer_that_would_join_answer_and_prompt():
+    # ":y" is one token of the whole text; the model is given ":" and goes on.
     joining = byte_tokenizer(merges=[(":", "y")])
-    with pytest.raises(JloraError, match="joins the start of the answer 'yes'"):
-        evaluate.answers(
-            tiny(), joining, [record("q", "yes")], labels=None, stop_ids=[joining.eos_token_id]
-        )
+    asked = record("q", "yes")
+    prompt = chat.prompt_tokens(asked, joining)
+    spelled = evaluate._spell(asked, prompt, joining, [joining.eos_token_id])
+    assert joining.decode(spelled) == "yes" + END
+    assert joining.convert_tokens_to_ids(":y") not in spelled
 
 
 def test_labels_that_a_template_makes_the_same():
-    lower = byte_tokenizer(TEMPLATE.replace("m.content", "m.content.lower()"))
-    with pytest.raises(JloraError, match="'Yes' and 'yes' are the same tokens"):
+    trims = byte_tokenizer(TEMPLATE.replace("m.content", "m.content.replace(' ', '')"))
+    with pytest.raises(JloraError, match="'ye s' and 'yes' are the same tokens"):
         evaluate.answers(
             tiny(),
-            lower,
+            trims,
             [record("q", "yes")],
-            labels=["Yes", "no", "yes"],
-            stop_ids=[lower.eos_token_id],
+            labels=["ye s", "no", "yes"],
+            stop_ids=[trims.eos_token_id],
         )

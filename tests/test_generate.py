@@ -244,21 +244,27 @@ def test_no_prompts_no_answers():
 
 
 @pytest.mark.parametrize(
-    ("written", "eos", "expected"),
+    ("generation", "config", "eos", "marker", "expected"),
     [
-        ({"eos_token_id": 5}, 2, (2, 5)),
-        ({"eos_token_id": [7, 2]}, 2, (2, 7)),
-        ({}, 2, (2,)),
-        ({"eos_token_id": 0}, None, (0,)),
-        (None, 2, (2,)),
+        ({"eos_token_id": 5}, {}, 2, None, (2, 5)),
+        ({"eos_token_id": [7, 2]}, {}, 2, None, (2, 7)),
+        ({}, {}, 2, None, (2,)),
+        ({"eos_token_id": 0}, {}, None, None, (0,)),
+        (None, None, 2, None, (2,)),
+        ({"eos_token_id": 5}, {"eos_token_id": [9, 5]}, 2, 3, (2, 3, 5, 9)),
+        (None, {"text_config": {"eos_token_id": 4}}, None, 3, (3, 4)),
+        ({"eos_token_id": None}, {"eos_token_id": None}, None, 3, (3,)),
     ],
 )
-def test_stop_ids(tmp_path, written, eos, expected):
-    if written is not None:
-        (tmp_path / "generation_config.json").write_text(json.dumps(written))
-    assert stop_ids(tmp_path, SimpleNamespace(eos_token_id=eos)) == expected
+def test_stop_ids_are_all_that_anything_names(tmp_path, generation, config, eos, marker, expected):
+    for name, written in (("generation_config.json", generation), ("config.json", config)):
+        if written is not None:
+            (tmp_path / name).write_text(json.dumps(written))
+    tokenizer = SimpleNamespace(eos_token_id=eos, turn_end_id=marker)
+    assert stop_ids(tmp_path, tokenizer) == expected
 
 
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -268,7 +274,7 @@ def test_stop_ids(tmp_path, written, eos, expected):
         ("{}", "nothing says which token"),
     ],
 )
-def test_stop_ids_that_cannot_be_read(tmp_path, text, message):
-    (tmp_path / "generation_config.json").write_text(text)
+def test_stop_ids_that_cannot_be_read(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
     with pytest.raises(JloraError, match=message):
-        stop_ids(tmp_path, SimpleNamespace(eos_token_id=None))
+        stop_ids(tmp_path, SimpleNamespace(eos_token_id=None, turn_end_id=None))

@@ -1,23 +1,21 @@
-"""Renders conversations with a model's chat template and finds the tokens to be trained.
+"""Turns conversations into tokens, and says which of them are trained.
 
-The whole conversation is rendered as text and tokenised once. Which tokens are trained is decided
-on the text, by character offsets, so it does not depend on how a tokeniser splits.
+The tokens of a row are those that generation would see and write: those of the prompt, and then
+those of the answer. What is trained is decided on the text, by character offsets, so it does not
+depend on how a tokeniser splits.
 """
 
-import os
-import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from jlora.data.records import Message, Record
+from jlora.data.template import ChatTokenizer
+from jlora.data.template import load_tokenizer as load_tokenizer
+from jlora.data.turns import Turn, rows
 from jlora.errors import JloraError
-
-# transformers' fast tokenizer; its class cannot be named here without importing transformers.
-Tokenizer = Any
 
 _TEXTS_AT_A_TIME = 1024  # bounds the memory that the offsets of a large data set take
 
@@ -40,137 +38,133 @@ class Example:
 class EncodeReport:
     """What became of the records; `tokens` and `trained` count those of the kept rows, once cut."""
 
-    rows: int
-    truncated: int  # longer than max_length, and cut
+    records: int
+    rows: int  # of these records, before any was dropped
+    several: int  # records that are more than one row
+    nothing: int  # records whose answers are all context
+    truncated: int  # rows longer than max_length, and cut
     dropped: int  # of the truncated, those with no trained token left
     tokens: int
     trained: int
     longest: int  # in tokens, before cutting
+    harmless: dict[str, int] = field(default_factory=dict)  # key -> how often
+    left_out: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """Say it in one line."""
-        line = (
+        parts = [
             f"{self.rows - self.dropped} rows, {self.tokens:,} tokens, {self.trained:,} of them "
             f"trained, longest row {self.longest}"
-        )
-        if self.truncated:
-            line += (
-                f"; {self.truncated} rows cut, {self.dropped} of them dropped as no answer was left"
+        ]
+        if self.several:
+            parts.append(
+                f"{self.several} of {self.records} records are a row for each answer, as the chat "
+                "template writes earlier turns otherwise once later ones follow"
             )
-        return line
+        if self.nothing:
+            parts.append(f"{self.nothing} records have no answer to be trained")
+        if self.truncated:
+            parts.append(
+                f"{self.truncated} rows cut, {self.dropped} of them dropped as no answer was left"
+            )
+        for counts, what in (
+            (self.harmless, "keys that change nothing"),
+            (self.left_out, "keys left out as you said"),
+        ):
+            if counts:
+                listed = ", ".join(f"{key} ({count})" for key, count in counts.items())
+                parts.append(f"{what}: {listed}")
+        return "; ".join(parts)
 
 
-def load_tokenizer(model_dir: str | Path, vocab_size: int | None = None) -> Tokenizer:
-    """Load the tokenizer and chat template of a model directory, without network or torch.
+def encode(record: Record, tokenizer: ChatTokenizer, max_length: int) -> list[Example]:
+    """Tokenise one conversation, keep the first `max_length` tokens of a row, mark the trained.
 
-    Args:
-        model_dir: holds tokenizer.json and tokenizer_config.json.
-        vocab_size: rows of the model's embedding, where it is known.
+    A row begins with exactly the tokens that generation is given, and each answer in it with those
+    that it was given for that one. Where one row cannot be that for all answers, there is one for
+    each, which trains that answer alone: see `jlora.data.turns`. What follows the last trained
+    answer is no part of any row.
 
-    Raises:
-        JloraError: the tokenizer's files or its chat template are missing, or cannot be read; or it
-            has more tokens than `vocab_size`.
-    """
-    model_dir = Path(model_dir)
-    if not (model_dir / "tokenizer.json").is_file():
-        raise JloraError(
-            f"{model_dir} has no tokenizer.json. Copy tokenizer.json, tokenizer_config.json and, "
-            "where the model has one, chat_template.jinja from the model's page."
-        )
-    try:
-        tokenizer = _auto_tokenizer().from_pretrained(model_dir, local_files_only=True)
-    except Exception as error:  # tokenizers raises plain Exception for a broken file
-        raise JloraError(
-            f"{model_dir}: the tokenizer cannot be read: {error}. Fetch its files again."
-        ) from error
-    if not tokenizer.is_fast:
-        raise JloraError(
-            f"{model_dir}: {type(tokenizer).__name__} gives no character offsets, which the loss "
-            "mask needs. Use a model whose tokenizer.json is a fast tokenizer."
-        )
-    if not tokenizer.chat_template:
-        raise JloraError(
-            f"{model_dir} has no chat template, in chat_template.jinja or as 'chat_template' in "
-            "tokenizer_config.json. Base models often lack one: copy that of the model's "
-            "instruction-tuned sibling."
-        )
-    if vocab_size is not None and len(tokenizer) > vocab_size:
-        raise JloraError(
-            f"{model_dir}: tokenizer.json has {len(tokenizer)} tokens, but config.json says "
-            f"vocab_size {vocab_size}; use the tokenizer that belongs to the model"
-        )
-    return tokenizer
+    Trained is, of each answer, all that the model has to write itself: what follows the generation
+    prompt, up to and including the token that ends the turn, but not the line break that many
+    templates put after it. Where the template ends no turn, the tokenizer's end-of-sequence token
+    is added, trained, as the model would not learn to stop otherwise.
 
-
-def encode(record: Record, tokenizer: Tokenizer, max_length: int) -> Example:
-    """Tokenise one conversation, keep its first `max_length` tokens, and mark the trained ones.
-
-    Trained are, for each assistant turn, all that the model has to write itself: what follows the
-    generation prompt, up to and including the end-of-turn token, but not the line break that many
-    templates put after it. A token that straddles the edge of this text is trained, so that no
-    character of an answer goes untrained. Where the template writes no end-of-turn token, the
-    tokenizer's end-of-sequence token is added, trained, behind an assistant turn that ends the
-    conversation, as the model would not learn to stop otherwise.
-
-    The result may have no trained token, if the answers lie past `max_length`.
+    A row may have no trained token, if its answers lie past `max_length`. A record of which no
+    answer is to be trained has no row.
 
     Raises:
-        JloraError: the template refuses the conversation, or renders a turn differently once
-            later turns follow it; or `max_length` is below 2.
+        JloraError: the template refuses the conversation, leaves out a part of it, or writes an
+            answer that is not the record's; or `max_length` is below 2.
     """
-    return next(_encode_batch([record], tokenizer, max_length))[0]
+    return [example for example, _ in next(_encode_batch([record], tokenizer, max_length))]
 
 
 def encode_all(
-    records: Sequence[Record], tokenizer: Tokenizer, max_length: int
+    records: Sequence[Record], tokenizer: ChatTokenizer, max_length: int
 ) -> tuple[list[Example], EncodeReport]:
-    """`encode` every record, in order, and leave out those with no trained token.
+    """`encode` every record, in order, and leave out rows with no trained token.
 
     Raises:
         JloraError: as `encode`; or no row is left.
     """
-    examples = []
-    lengths = []
+    examples: list[Example] = []
+    lengths: list[int] = []
+    several = nothing = 0
     for start in range(0, len(records), _TEXTS_AT_A_TIME):
-        chunk = records[start : start + _TEXTS_AT_A_TIME]
-        for example, length in _encode_batch(chunk, tokenizer, max_length):
-            lengths.append(length)
-            if example.trained.any():
-                examples.append(example)
+        for encoded in _encode_batch(
+            records[start : start + _TEXTS_AT_A_TIME], tokenizer, max_length
+        ):
+            several += len(encoded) > 1
+            nothing += not encoded
+            lengths += [length for _, length in encoded]
+            examples += [example for example, _ in encoded if example.trained.any()]
     if not examples:
         raise JloraError(_nothing_left(records, tokenizer, max_length))
     return examples, EncodeReport(
-        rows=len(records),
+        records=len(records),
+        rows=len(lengths),
+        several=several,
+        nothing=nothing,
         truncated=sum(length > max_length for length in lengths),
-        dropped=len(records) - len(examples),
+        dropped=len(lengths) - len(examples),
         tokens=sum(len(example.tokens) for example in examples),
         trained=sum(int(example.trained.sum()) for example in examples),
         longest=max(lengths),
+        harmless=Counter(key for record in records for key in record.harmless),
+        left_out=Counter(key for record in records for key in record.left_out),
     )
 
 
-def prompt_tokens(record: Record, tokenizer: Tokenizer) -> np.ndarray:
-    """Return int32 (T,): all before the last assistant turn, with the generation prompt."""
-    messages = record.messages[: last_answer(record)]
-    return _tokenise([_render(messages, tokenizer, record.where, prompt=True)], tokenizer)[0][0]
+def prompt_tokens(record: Record, tokenizer: ChatTokenizer) -> np.ndarray:
+    """Return int32 (T,): all before the last answer, with the generation prompt."""
+    text = tokenizer.render(record, last_answer(record), prompt=True)
+    return tokenizer.spell([text])[0][0]
 
 
 def answer_text(record: Record) -> str:
-    """Return the content of the last assistant turn."""
+    """Return the content of the last answer."""
     return record.messages[last_answer(record)]["content"]
 
 
-def encode_prompt(prompt: str | Sequence[Message], tokenizer: Tokenizer) -> np.ndarray:
+def last_answer(record: Record) -> int:
+    """Return the index of the last answer that is to be trained, or where none is, of the last."""
+    roles = [message["role"] for message in record.messages]
+    return (record.trained or [len(roles) - 1 - roles[::-1].index("assistant")])[-1]
+
+
+def encode_prompt(prompt: str | Sequence[Message], tokenizer: ChatTokenizer) -> np.ndarray:
     """Return int32 (T,): a user's prompt, or a conversation so far, with the generation prompt.
 
     Raises:
         JloraError: the chat template refuses the conversation.
     """
     messages = [Message(role="user", content=prompt)] if isinstance(prompt, str) else list(prompt)
-    return _tokenise([_render(messages, tokenizer, "the prompt", prompt=True)], tokenizer)[0][0]
+    text = tokenizer.render(Record(messages, "the prompt"), len(messages), prompt=True)
+    return tokenizer.spell([text])[0][0]
 
 
-def show_mask(example: Example, tokenizer: Tokenizer) -> str:
+def show_mask(example: Example, tokenizer: ChatTokenizer) -> str:
     """Return the text of `example`, with the trained stretches in [[...]], for people to check."""
     edges = np.flatnonzero(np.diff(example.trained)) + 1
     pieces = []
@@ -182,124 +176,68 @@ def show_mask(example: Example, tokenizer: Tokenizer) -> str:
     return "".join(pieces)
 
 
-def _auto_tokenizer() -> Any:
-    """Import transformers' AutoTokenizer without the advice it prints where torch is missing."""
-    name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        from transformers import AutoTokenizer
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-    return AutoTokenizer
-
-
-def last_answer(record: Record) -> int:
-    """Return the index of the last assistant turn."""
-    roles = [message["role"] for message in record.messages]
-    return len(roles) - 1 - roles[::-1].index("assistant")
-
-
-def _render(messages: list[Message], tokenizer: Tokenizer, where: str, *, prompt: bool) -> str:
-    from jinja2.exceptions import TemplateError
-
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-    except TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise JloraError(
-            f"{where}: the chat template of {tokenizer.name_or_path or 'the tokenizer'} refuses "
-            f"the turns {roles}: {error}. Change the record to what the template allows."
-        ) from error
-
-
-def _rendered(
-    record: Record, tokenizer: Tokenizer, marker: re.Pattern[str]
-) -> tuple[str, list[tuple[int, int]]]:
-    """Return the conversation's text and the half-open [start, end) spans to be trained in it."""
-    messages, where = record.messages, record.where
-    last = len(messages) - 1
-    text = _render(messages, tokenizer, where, prompt=False)
-    spans = []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = _render(messages[:i], tokenizer, where, prompt=True)
-        until = text if i == last else _render(messages[: i + 1], tokenizer, where, prompt=False)
-        end, marked = _turn_end(until, len(before), message["content"].strip(), marker)
-        if not until.startswith(before) or not text.startswith(until[:end]):
-            raise JloraError(_rewritten(i, record, tokenizer))
-        if i == last and not marked and tokenizer.eos_token:
-            text = text[:end] + tokenizer.eos_token
-            end = len(text)
-        spans.append((len(before), end))
-    return text, spans
-
-
-def _markers(tokenizer: Tokenizer) -> re.Pattern[str]:
-    """Return a pattern for the tokens that may end a turn: any that is not ordinary text."""
-    tokens = {str(token) for token in tokenizer.added_tokens_decoder.values()}
-    tokens.update(tokenizer.all_special_tokens)
-    # "(?!)" matches nowhere. Longest first, as one token may begin with another.
-    any_token = "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)"
-    return re.compile(rf"\s*(?:{any_token})+")
-
-
-def _turn_end(text: str, start: int, content: str, marker: re.Pattern[str]) -> tuple[int, bool]:
-    """Return where the turn that starts at `start` ends, and whether a marker ends it.
-
-    It ends behind the markers that directly follow the content. Where there are none, or the
-    template altered the content, it is taken to end with the text, white space aside.
-    """
-    at = text.find(content, start)
-    while content and at >= 0:
-        if found := marker.match(text, at + len(content)):
-            return found.end(), True
-        at = text.find(content, at + 1)
-    end = max(start, len(text.rstrip()))
-    return end, any(found.end() == end for found in marker.finditer(text, start, end))
-
-
-def _rewritten(turn: int, record: Record, tokenizer: Tokenizer) -> str:
-    return (
-        f"{record.where}: the chat template of {tokenizer.name_or_path or 'the tokenizer'} does "
-        f"not render turn {turn} (from 0, the assistant's) of the whole conversation as it stood "
-        "when the model wrote it: the turns before, the generation prompt, then the answer. "
-        "Templates that strip the reasoning from earlier turns, or open it in the generation "
-        "prompt, do this. Cut the conversation into one record for each assistant turn, or use a "
-        "template that only appends."
-    )
-
-
 def _encode_batch(
-    records: Sequence[Record], tokenizer: Tokenizer, max_length: int
-) -> Iterator[tuple[Example, int]]:
-    """Yield each record's example and its length in tokens before cutting."""
+    records: Sequence[Record], tokenizer: ChatTokenizer, max_length: int
+) -> Iterator[list[tuple[Example, int]]]:
+    """Yield, of each record, its rows, each with its length in tokens before cutting."""
     if max_length < 2:
         raise JloraError(
             f"max_length is {max_length}; it must be at least 2, to predict one token from another."
         )
-    marker = _markers(tokenizer)
-    rendered = [_rendered(record, tokenizer, marker) for record in records]
-    encoded = _tokenise([text for text, _ in rendered], tokenizer)
-    for record, (_, spans), (tokens, offsets) in zip(records, rendered, encoded, strict=True):
-        trained = _trained(offsets, spans)
-        cut = slice(0, max_length)
-        yield Example(tokens[cut].copy(), trained[cut].copy(), record.where), len(tokens)
+    found = [rows(record, tokenizer) for record in records]
+    texts = [turns[-1].text for each in found for turns in each]
+    prompts = [turn.prompt for each in found for turns in each for turn in turns]
+    spelled = iter(tokenizer.spell(texts)) if texts else iter(())
+    asked = iter(tokenizer.spell(prompts)) if prompts else iter(())
+    for record, each in zip(records, found, strict=True):
+        encoded: list[tuple[Turn, np.ndarray, np.ndarray]] = []
+        for turns in each:
+            tokens, offsets = next(spelled)
+            given = [next(asked)[0] for _ in turns]
+            if all(np.array_equal(tokens[: len(prompt)], prompt) for prompt in given):
+                spans = [(turn.start, turn.end) for turn in turns]
+                encoded.append((turns[-1], tokens, _trained(offsets, spans)))
+            else:
+                encoded += [
+                    (turn, *_apart(turn, prompt, tokenizer, record.where))
+                    for turn, prompt in zip(turns, given, strict=True)
+                ]
+        result = []
+        for turn, tokens, trained in encoded:
+            trained[:1] = False  # there is nothing to predict the first token from
+            where = record.where + (f", turn {turn.index}" if len(encoded) > 1 else "")
+            cut = slice(0, max_length)
+            result.append((Example(tokens[cut].copy(), trained[cut].copy(), where), len(tokens)))
+        yield result
 
 
-def _tokenise(texts: list[str], tokenizer: Tokenizer) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return, for each text, tokens int32 (T,) and character offsets int64 (T, 2)."""
-    # The template has written the special tokens already. verbose=False: no warning about texts
-    # longer than the model's context, which are cut afterwards.
-    batch = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    return [
-        (np.array(tokens, np.int32), np.array(offsets, np.int64).reshape(-1, 2))
-        for tokens, offsets in zip(batch["input_ids"], batch["offset_mapping"], strict=True)
-    ]
+def _apart(
+    turn: Turn, prompt: np.ndarray, tokenizer: ChatTokenizer, where: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the tokens of one answer's row, and which are trained: int32 and bool (T,).
+
+    Where a token of the whole text would span the end of the prompt, the answer is spelled for
+    itself: generation begins behind the tokens of the prompt.
+
+    Raises:
+        JloraError: the tokenizer spells the answer otherwise for itself, as one that puts a space
+            before each text.
+    """
+    tokens, offsets = tokenizer.spell([turn.text])[0]
+    if np.array_equal(tokens[: len(prompt)], prompt):
+        return tokens, _trained(offsets, [(turn.start, turn.end)])
+    answer, offsets = tokenizer.spell([turn.text[turn.start :]])[0]
+    joined = np.concatenate([prompt, answer])
+    if (said := tokenizer.decode(joined.tolist())) != (meant := tokenizer.decode(tokens.tolist())):
+        at = len(prompt)
+        raise JloraError(
+            f"{where}: the tokens of the prompt do not begin those of turn {turn.index}, and the "
+            f"answer cannot be spelled apart:\n  {tokenizer.decode(joined[at - 5 :].tolist())!r}\n"
+            f"where the whole is\n  {meant[-len(said) + len(turn.prompt) :]!r}\nLet the chat "
+            "template end the generation prompt with a special token (--chat-template FILE)."
+        )
+    trained = _trained(offsets, [(0, turn.end - turn.start)])
+    return joined, np.concatenate([np.zeros(len(prompt), bool), trained])
 
 
 def _trained(offsets: np.ndarray, spans: list[tuple[int, int]]) -> np.ndarray:
@@ -309,19 +247,24 @@ def _trained(offsets: np.ndarray, spans: list[tuple[int, int]]) -> np.ndarray:
     trained = np.zeros(len(offsets), bool)
     for start, end in spans:
         trained |= (offsets[:, 0] < end) & (offsets[:, 1] > start)
-    trained[:1] = False  # there is nothing to predict the first token from
     return trained
 
 
-def _nothing_left(records: Sequence[Record], tokenizer: Tokenizer, max_length: int) -> str:
+def _nothing_left(records: Sequence[Record], tokenizer: ChatTokenizer, max_length: int) -> str:
     if not records:
         return "there is no record to encode. Give a data set with at least one."
+    to_train = [record for record in records if record.trained]
+    if not to_train:
+        return (
+            f"none of the {len(records)} records has an answer to be trained: each turn says that "
+            "it is context (weight 0, train false)"
+        )
     needed = sorted(
-        (len(prompt_tokens(record, tokenizer)), record.where) for record in records[:1000]
+        (len(prompt_tokens(record, tokenizer)), record.where) for record in to_train[:1000]
     )
     (shortest, _), (longest, where) = needed[0], needed[-1]
     return (
-        f"none of the {len(records)} rows has a trained token within max_length = {max_length}: "
+        f"none of the {len(to_train)} rows has a trained token within max_length = {max_length}: "
         f"before the last answer stand {shortest} to {longest} tokens (the most in {where}). "
         f"Raise max_length above {longest}, and by the length of the answers."
     )

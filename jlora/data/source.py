@@ -1,41 +1,40 @@
-"""Reads chat records from files, directories and the Hugging Face hub, and checks every one.
+"""Reads chat records from files, directories and the Hugging Face hub, and checks every one."""
 
-JSON is parsed here rather than by `datasets`, for two reasons: an error can then name the line,
-and Arrow's type inference would turn a column of answers such as "2024-01-31" into timestamps.
-Parquet and hub data already carry their types, so `datasets` reads those.
-"""
-
-import json
 import re
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from jlora.data.records import Malformed, Record, check_records
+from jlora.data.keys import Keys
+from jlora.data.records import Record
+from jlora.data.rows import SUFFIXES, Quiet, cause, read_rows, read_text, without_nulls
+from jlora.data.shapes import SHAPES, read_record
 from jlora.errors import JloraError, nearest
+from jlora.paths import SHOWN
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
 _SPLIT_NAMES = {"valid": ("valid", "validation", "dev")}
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 
-def load_records(source: str | Path, split: str | None = None) -> list[Record]:
+def load_records(
+    source: str | Path, split: str | None = None, *, ignore: Iterable[str] = ()
+) -> list[Record]:
     """Read every record of one split, in the order of the source.
+
+    A record is in one of four shapes: OpenAI's and Hugging Face's `messages`, ShareGPT's
+    `conversations`, TRL's `prompt` and `completion`, Alpaca's `instruction`, `input`, `output`.
+    Every key has its meaning, or is known to change nothing (ids, sources, scores …: see
+    `jlora.data.keys`), or is an error. Keys that hold null count as absent.
 
     Args:
         source: a .jsonl, .json or .parquet file; a directory that holds one such file for each
             split (train, valid, test); or a hub data set, "org/name" or "org/name:config".
-            A .json file holds either an array of records or one record a line.
         split: the split to read, "train" where None. "valid", "validation" and "dev" mean the
             same split. A single file is a training set and has no other split.
-
-    A record is in one of four shapes: OpenAI and Hugging Face `messages`, ShareGPT
-    `conversations`, TRL `prompt` and `completion`, Alpaca `instruction`, `input`, `output`. Keys
-    that hold null count as absent, and keys beside these are ignored.
+        ignore: keys that are left out, of records and of turns.
 
     Raises:
-        JloraError: nothing to read; malformed JSON; or records that cannot be trained on, the
-            first ten of them listed with their places.
+        JloraError: nothing to read; malformed JSON; records that cannot be trained on, the first
+            ten of them listed with their places; or keys that are unknown.
     """
     split = split or "train"
     path = Path(source)
@@ -48,15 +47,45 @@ def load_records(source: str | Path, split: str | None = None) -> list[Record]:
             raise JloraError(
                 f"{path} holds more than one {split!r} split: {names}. Keep or rename one of them."
             )
-        return check_records(read_rows(files[0]), str(files[0]))
+        return _check(read_rows(files[0]), str(files[0]), ignore)
     if path.is_file():
         if split != "train":
             raise JloraError(
                 f"{path} is a single file, which has no {split!r} split. Put {split}.jsonl beside "
                 "train.jsonl in a directory and give the directory, or name that file itself."
             )
-        return check_records(read_rows(path), str(path))
-    return check_records(_read_hub(str(source), split), str(source))
+        return _check(read_rows(path), str(path), ignore)
+    return _check(_read_hub(str(source), split), str(source), ignore)
+
+
+def _check(rows: Iterable[tuple[str, object]], source: str, ignore: Iterable[str]) -> list[Record]:
+    """Turn (where, parsed row) pairs into records, or report all that is wrong at once."""
+    keys = Keys(ignore)
+    records, problems = [], []
+    for where, row in rows:
+        try:
+            records.append(read_record(row, where, keys))
+        except JloraError as error:
+            problems.append(f"  {where}: {error}")
+    if problems:
+        total = len(records) + len(problems)
+        more = len(problems) - SHOWN
+        raise JloraError(
+            "\n".join(
+                [
+                    f"{len(problems)} of the {total} records in {source} cannot be used:",
+                    *problems[:SHOWN],
+                    *([f"  ... and {more} more"] if more > 0 else []),
+                    *keys.unknown(),
+                    f"Mend or remove them. A record is an object in one of these shapes:\n{SHAPES}",
+                ]
+            )
+        )
+    if unknown := keys.unknown():
+        raise JloraError(f"{source} has " + "\n".join(unknown))
+    if not records:
+        raise JloraError(f"{source} has no record. A record is one of:\n{SHAPES}")
+    return records
 
 
 def has_split(source: str | Path, split: str) -> bool:
@@ -83,7 +112,7 @@ def read_labels(source: str | Path) -> tuple[str, ...] | None:
     path = (folder.parent if folder.is_file() else folder) / "labels.txt"
     if not path.is_file():
         return None
-    lines = [line.strip() for line in _read_text(path).split("\n")]
+    lines = [line.strip() for line in read_text(path).split("\n")]
     first_line: dict[str, int] = {}
     for number, label in enumerate(lines, start=1):
         if label in first_line:
@@ -120,91 +149,6 @@ def _missing_split(directory: Path, split: str) -> str:
     )
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, object]]:
-    """Each row of a .jsonl, .json or .parquet file, after its place; `Malformed` where it is none.
-
-    Raises:
-        JloraError: another ending; no UTF-8.
-    """
-    if path.suffix not in SUFFIXES:
-        raise JloraError(
-            f"{path}: cannot read a file that ends in {path.suffix!r}; the endings known are "
-            f"{', '.join(SUFFIXES)}."
-        )
-    if path.suffix == ".parquet":
-        return _read_parquet(path)
-    text = _read_text(path)
-    if path.suffix == ".json" and text.lstrip().startswith("["):
-        return _read_array(text, path)
-    return _read_lines(text, path)
-
-
-def _read_text(path: Path) -> str:
-    data = path.read_bytes()
-    try:
-        text = data.decode("utf-8-sig")  # the signature is what Windows editors put in front
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise JloraError(
-            f"{path}:{line}: not UTF-8 (byte 0x{data[error.start]:02x}). Save the file as UTF-8."
-        ) from None
-    return text.replace("\r\n", "\n")
-
-
-def _read_lines(text: str, path: Path) -> Iterator[tuple[str, object]]:
-    # str.splitlines would also cut at U+2028 and the like, which may stand inside a JSON string.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                row: object = json.loads(line)
-            except json.JSONDecodeError as error:
-                row = Malformed(f"not JSON: {error.msg} at column {error.colno}")
-            yield f"{path.name}:{number}", row
-
-
-def _read_array(text: str, path: Path) -> Iterator[tuple[str, object]]:
-    """Read the records of one JSON array one after another, each with the line it starts on."""
-    decoder = json.JSONDecoder()
-    space = re.compile(r"\s*")
-
-    def skip(at: int) -> int:
-        return space.match(text, at).end()  # type: ignore[union-attr]  # matches "" at least
-
-    position, line, counted = skip(skip(0) + 1), 1, 0
-    while text[position : position + 1] != "]":
-        line, counted = line + text.count("\n", counted, position), position
-        try:
-            row, end = decoder.raw_decode(text, position)
-            end = skip(end)
-            if text[end : end + 1] not in (",", "]"):
-                raise json.JSONDecodeError("Expecting ',' or ']' after a record", text, end)
-        except json.JSONDecodeError as error:
-            problem = f"not JSON: {error.msg} at column {error.colno}"
-            yield f"{path.name}:{error.lineno}", Malformed(problem)
-            return
-        yield f"{path.name}:{line}", row
-        position = skip(end + 1) if text[end] == "," else end
-    if text[position + 1 :].strip():
-        line += text.count("\n", counted, skip(position + 1))
-        yield f"{path.name}:{line}", Malformed("more text after the end of the array")
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[str, object]]:
-    import datasets
-
-    # A cache of its own, thrown away: the shared one would fill with copies of every file.
-    with tempfile.TemporaryDirectory() as cache, _Quiet():
-        try:
-            rows = datasets.Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True)
-        except Exception as error:
-            raise JloraError(
-                f"{path}: cannot be read as Parquet: {_cause(error)}. Write it again, or convert "
-                "it to .jsonl."
-            ) from error
-    for i, row in enumerate(rows):
-        yield f"{path.name} row {i}", row
-
-
 def _read_hub(source: str, split: str) -> Iterator[tuple[str, object]]:
     import datasets
 
@@ -213,13 +157,13 @@ def _read_hub(source: str, split: str) -> Iterator[tuple[str, object]]:
     if not found:
         raise JloraError(f"hub data set {source} has no {split!r} split; it has {present}.")
     name, _, config = source.partition(":")
-    with _Quiet():
+    with Quiet():
         try:
             rows = datasets.load_dataset(name, config or None, split=found[0])
         except Exception as error:
             raise JloraError(_unreachable(source, error)) from error
     for i, row in enumerate(rows):
-        yield f"{source}[{found[0]}] row {i}", row
+        yield f"{source}[{found[0]}] row {i}", without_nulls(row)
 
 
 def _hub_splits(source: str) -> list[str]:
@@ -236,7 +180,7 @@ def _hub_splits(source: str) -> list[str]:
     import datasets
 
     name, _, config = source.partition(":")
-    with _Quiet():
+    with Quiet():
         try:
             return [str(split) for split in datasets.get_dataset_split_names(name, config or None)]
         except Exception as error:
@@ -246,30 +190,6 @@ def _hub_splits(source: str) -> list[str]:
 def _unreachable(source: str, error: Exception) -> str:
     return (
         f"{source}: no such file or directory here, and as a hub data set it could not be loaded: "
-        f"{_cause(error)}. Check the name and the network; where the data set has several "
+        f"{cause(error)}. Check the name and the network; where the data set has several "
         'configurations, write "org/name:config".'
     )
-
-
-def _cause(error: BaseException) -> str:
-    """Return the first line of the innermost error; `datasets` wraps the telling one."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
-
-
-class _Quiet:
-    """Switches the progress bars of `datasets` off for a block, and back as they were."""
-
-    def __enter__(self) -> None:
-        import datasets
-
-        self.were_on = datasets.is_progress_bar_enabled()
-        datasets.disable_progress_bars()
-
-    def __exit__(self, *error: object) -> None:
-        import datasets
-
-        if self.were_on:
-            datasets.enable_progress_bars()

@@ -17,7 +17,7 @@ from flax import nnx
 from jlora import canonical, injection, paths
 from jlora.config import QuantConfig
 from jlora.errors import JloraError
-from jlora.files import demand_free, new_directory, save_tensors, write_text
+from jlora.files import TEMPLATE_FILE, demand_free, new_directory, save_tensors, write_text
 from jlora.matching import dotted
 from jlora.models import families
 from jlora.models.tensors import Tensors
@@ -185,7 +185,7 @@ def views(model_dir: Path, model: CausalLM) -> Iterator[tuple[str, Any]]:
             yield path, tensors.view(name).T if transposed else tensors.view(name)
 
 
-def save(model: CausalLM, to: Path, *, source: Path) -> None:
+def save(model: CausalLM, to: Path, *, source: Path, chat_template: str | None = None) -> None:
     """Write a Hugging Face directory: the model's weights in its dtype, the rest from `source`.
 
     Quantised weights are written as bitsandbytes does, for transformers to load.
@@ -194,6 +194,7 @@ def save(model: CausalLM, to: Path, *, source: Path) -> None:
         model: its weights go to model.safetensors, under Hugging Face's names.
         to: appears whole or not at all.
         source: the directory that the model was loaded from.
+        chat_template: is written in place of that of `source`.
     """
     leaves, _ = injection.partition(model, everything=True)
     tensors: dict[str, np.ndarray] = {}
@@ -217,6 +218,8 @@ def save(model: CausalLM, to: Path, *, source: Path) -> None:
                 packed, skipped=linear, dtype=jnp.dtype(model.dtype).name
             )
         copy_beside(source, scratch, quantization_config=quantised)
+        if chat_template is not None:
+            write_text(scratch / TEMPLATE_FILE, chat_template)
         save_tensors(tensors, scratch / "model.safetensors")
 
 

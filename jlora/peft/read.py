@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from jlora import fingerprint, injection, paths
 from jlora.checkpoint import StoredAdapter, check_finite
 from jlora.errors import JloraError
+from jlora.files import read_template_of
 from jlora.fingerprint import Fingerprint
 from jlora.peft import config as peft_config
 from jlora.peft.config import CONFIG_FILE
@@ -72,7 +73,10 @@ def read_peft(path: str | Path) -> StoredAdapter:
     for key, tensor in tensors.items():
         if (name := _factor(key)) is not None:
             factors[name] = jnp.asarray(_usual_axes(name, tensor))
-    return StoredAdapter(lora, factors, str(path), tensors=tensors, base=base)
+    template = read_template_of(path)
+    return StoredAdapter(
+        lora, factors, str(path), tensors=tensors, base=base, chat_template=template
+    )
 
 
 def _read(file: Path) -> tuple[dict[str, np.ndarray], Fingerprint | None]:

@@ -1,5 +1,6 @@
 """PEFT directories out."""
 
+import dataclasses
 import json
 import os
 import tempfile
@@ -12,7 +13,7 @@ import numpy as np
 from jlora import config, fingerprint, injection, paths
 from jlora.adapter import Site
 from jlora.checkpoint import StoredAdapter, gather
-from jlora.files import save_tensors
+from jlora.files import TEMPLATE_FILE, save_tensors, write_text
 from jlora.peft.config import CONFIG_FILE, to_settings
 from jlora.peft.fused import fused_layers, split
 from jlora.peft.read import METADATA, WEIGHTS_FILE, modules_of
@@ -34,6 +35,7 @@ def export_peft(
     *,
     params: Any = None,
     base_model: str | None = None,
+    chat_template: str | None = None,
 ) -> None:
     """Write the adapters of `model` as a PEFT directory.
 
@@ -53,17 +55,23 @@ def export_peft(
         config: the configuration that it was given.
         params: the Linen module's tree of parameters.
         base_model: name or directory of the base model, for those who load the adapter.
+        chat_template: what it was trained with in place of the model's own; is written beside it,
+            where transformers looks for it.
 
     Raises:
         JloraError: the model holds no adapters, or others than `config` says, or such as the
             format has no place for: all by name, with the reason.
     """
     if params is None:
-        write_peft(path, model, gather(model, config), base_model=base_model)
+        stored = gather(model, config)
+        stored = dataclasses.replace(stored, chat_template=chat_template)
+        write_peft(path, model, stored, base_model=base_model)
         return
     plan, sites = injection.planned(model, params)
     demand_unrolled(sites)
-    _write(Path(path), gather(model, config, params), plan, sites, base_model, model, params, None)
+    stored = gather(model, config, params)
+    stored = dataclasses.replace(stored, chat_template=chat_template)
+    _write(Path(path), stored, plan, sites, base_model, model, params, None)
 
 
 def write_peft(
@@ -137,3 +145,5 @@ def _write(
         text.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         os.replace(file, path / WEIGHTS_FILE)
         os.replace(text, path / CONFIG_FILE)
+    if stored.chat_template is not None:
+        write_text(path / TEMPLATE_FILE, stored.chat_template)

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from datetime import datetime
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from jlora.config import QuantConfig, TrainConfig
 from jlora.data import chat, source
 from jlora.data.batching import Batch, Batches
 from jlora.errors import JloraError
-from jlora.files import write_text
+from jlora.files import read_template, write_text
 from jlora.models import families, load
 from jlora.train import measure
 from jlora.train.checkpoint import RunCheckpoints
@@ -55,12 +56,20 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
     dtype = load.compute_dtype(settings.dtype, exact=not adapts)
     settings = dataclasses.replace(settings, dtype=dtype.name)  # "auto" may differ at a resumption
     run.check(settings)
+    settings = run.told(settings)
     if run.report.is_file():  # the last file that a run writes
         say(f"{run.path} is finished: this is what it left\n\n{run.samples.read_text('utf-8')}")
         return json.loads(run.report.read_text(encoding="utf-8"))
     model_config = families.read_config(settings.model)  # says best what is wrong with a directory
-    records = source.load_records(settings.data, "train")
-    tokenizer = chat.load_tokenizer(settings.model, model_config.vocab_size)
+    records = source.load_records(settings.data, "train", ignore=settings.loader.ignore)
+    template = run.chat_template if run.chat_template.is_file() else settings.chat_template
+    tokenizer = chat.load_tokenizer(
+        settings.model,
+        model_config.vocab_size,
+        template=None if template is None else read_template(template),
+        template_name=str(template),
+        now=datetime.fromisoformat(settings.now or ""),
+    )
     examples, encoded = chat.encode_all(records, tokenizer, settings.loader.max_length)
     batches = Batches(
         examples,
@@ -74,6 +83,8 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
     tx, rate = optim.adamw(settings.optim, steps), optim.schedule(settings.optim, steps)
     measured = measure.Measure(settings, tokenizer)
     say(f"training data: {encoded}; {_padding(batches, settings.loader.max_shapes)}")
+    if strangers := measured.never_met(records):
+        say(f"--loader.ignore: no record has {', '.join(strangers)}")
     if not measured.splits:
         say("there is no valid or test split: no loss or answers are measured before and after")
     say(f"the first row, what is trained in [[ ]]:\n{chat.show_mask(examples[0], tokenizer)}")
@@ -108,7 +119,7 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
     if not run.before.is_file():
         say("measuring the model as it is …")
     before = measured.before(run, lambda: injection.combine(leaves(), base))
-    run.start(settings, dataclasses.asdict(before))
+    run.start(settings, dataclasses.asdict(before), tokenizer.template)
     checkpoints = RunCheckpoints(
         run.checkpoints,
         stacks | lists,
@@ -203,11 +214,17 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
     if after.loss is not None:
         run.add_metrics({"step": steps, "eval_loss": after.loss})
     if adapts:
-        peft.export_peft(run.adapter, final, settings.lora, base_model=str(settings.model))
+        peft.export_peft(
+            run.adapter,
+            final,
+            settings.lora,
+            base_model=str(settings.model),
+            chat_template=tokenizer.template,
+        )
         output = run.adapter / peft.WEIGHTS_FILE
     else:
         shutil.rmtree(run.model, ignore_errors=True)  # of a process that was stopped right here
-        load.save(final, run.model, source=settings.model)
+        load.save(final, run.model, source=settings.model, chat_template=tokenizer.template)
         output = run.model / "model.safetensors"
     measure.plot_loss(run.read_metrics(), before.loss, run.loss_plot)
     write_text(run.samples, measured.samples_text(before, after))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ from jlora.config import TrainConfig
 from jlora.data import chat, source
 from jlora.data.batching import Batch, Batches
 from jlora.data.chat import Example
+from jlora.data.records import Record
 from jlora.errors import JloraError
 from jlora.generation import generate, stop_ids
 from jlora.train.run import Run
@@ -48,17 +50,32 @@ class Measure:
         self.settings, self.tokenizer = settings, tokenizer
         wanted, data = settings.eval, settings.data
         self.splits = [split for split in ("valid", "test") if source.has_split(data, split)]
-        read = {split: source.load_records(data, split) for split in self.splits}
-        valid, test = read.get("valid", [])[: wanted.loss_rows], read.get("test", [])
+        ignore = settings.loader.ignore
+        self.read = {
+            split: source.load_records(data, split, ignore=ignore) for split in self.splits
+        }
+        # A record whose turns are all context has no answer to compare with.
+        to_train = {
+            split: [record for record in records if record.trained]
+            for split, records in self.read.items()
+        }
+        valid, test = to_train.get("valid", [])[: wanted.loss_rows], to_train.get("test", [])
         self.labels = source.read_labels(data)
         self.questions = test[: wanted.answer_rows]
-        self.shown = (test or valid or source.load_records(data, "train"))[: wanted.samples]
+        train = () if test or valid else source.load_records(data, "train", ignore=ignore)
+        self.shown = (test or valid or [r for r in train if r.trained])[: wanted.samples]
         self.stop_ids = stop_ids(settings.model, tokenizer)
         self.batches = None
         if valid:
             examples, _ = chat.encode_all(valid, tokenizer, settings.loader.max_length)
             self.batches = evaluation_batches(examples, settings.loader.batch_size)
         self.loss_rows, self.answer_rows = len(valid), len(self.questions)
+
+    def never_met(self, records: Sequence[Record]) -> list[str]:
+        """Return the keys to be left out that neither these records nor the other splits have."""
+        every = itertools.chain(records, *self.read.values())
+        met = {name.split(" ")[0] for record in every for name in record.left_out}
+        return [key for key in self.settings.loader.ignore if key not in met]
 
     def before(self, run: Run, model: Callable[[], Any]) -> Measured:
         """Measure the untrained model; a resumed run reads what it wrote the first time."""

@@ -1,7 +1,9 @@
 """The directory of a run: what lies in it, what it refuses, and the metrics file."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import tomli_w
 from jlora import conversion, paths
 from jlora.config import TrainConfig
 from jlora.errors import JloraError
-from jlora.files import new_directory, write_text
+from jlora.files import TEMPLATE_FILE, new_directory, write_text
 
 # What may differ between a run and its resumption, since no step depends on it.
 _FREE = {"output", "resume", "scan_layers", "remat", "checkpoint_every", "keep_checkpoints"}
@@ -24,6 +26,7 @@ class Run:
         self.config_file = path / "config.toml"
         self.metrics_file = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
+        self.chat_template = path / TEMPLATE_FILE
         self.adapter = path / "adapter"
         self.model = path / "model"
         self.loss_plot = path / "loss.png"
@@ -56,7 +59,10 @@ class Run:
         differing = [
             f"  {key.replace('/', '.')}: {first.get(key)!r} then, {now.get(key)!r} now"
             for key in sorted(first.keys() | now.keys())
-            if first.get(key) != now.get(key) and key not in _FREE
+            if first.get(key) != now.get(key)
+            and key not in _FREE
+            # Where it is not given, that of the run's start goes on: see `told`.
+            and not (key == "now" and wanted.now is None)
         ]
         if differing:
             raise JloraError(
@@ -65,8 +71,22 @@ class Run:
                 + "\nresume with the same ones, or start a new run in another --output"
             )
 
-    def start(self, config_used: TrainConfig, before: Mapping[str, Any]) -> None:
-        """Make the directory with config.toml and before.json, at once, unless the run goes on."""
+    def told(self, wanted: TrainConfig) -> TrainConfig:
+        """Return the settings with the time that templates are told: that of the run's start."""
+        now = wanted.now
+        if now is None and wanted.resume:
+            now = conversion.read_toml(self.config_file).get("now")
+        if now is None:
+            now = datetime.now().isoformat(timespec="seconds")
+        return dataclasses.replace(wanted, now=now)
+
+    def start(
+        self, config_used: TrainConfig, before: Mapping[str, Any], template: str | None
+    ) -> None:
+        """Make the directory with config.toml and before.json, at once, unless the run goes on.
+
+        `template` is the chat template that was given, if one was.
+        """
         if config_used.resume:
             return
         with new_directory(self.path) as stage:
@@ -74,6 +94,8 @@ class Run:
                 stage / self.config_file.name, tomli_w.dumps(conversion.to_dict(config_used))
             )
             write_text(stage / self.before.name, json.dumps(before, indent=2) + "\n")
+            if template is not None:
+                write_text(stage / self.chat_template.name, template)
 
     def keep_metrics(self, step: int, last: int) -> None:
         """Drop what is about to be measured again: all after `step`, and the loss after `last`."""
