@@ -18,7 +18,7 @@ from jax import Array
 from jlora import injection
 from jlora.data import chat
 from jlora.data.batching import choose_lengths
-from jlora.data.records import Message, Record
+from jlora.data.records import Record
 from jlora.errors import JloraError
 from jlora.generation import (
     Prefilled,
