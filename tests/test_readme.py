@@ -17,6 +17,7 @@ from helpers import HF_CONFIG, write_model
 
 import jlora
 from jlora import cli
+from jlora.data import shapes, source
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -271,3 +272,20 @@ def test_every_file_that_it_names_is_there() -> None:
     named |= set(re.findall(r"\]\(([\w./]+)\)", README))
     assert len(named) > 10
     assert [name for name in named if not (root / name).exists()] == []
+
+
+def test_the_record_with_reasoning_is_read_as_it_says(tmp_path: Path) -> None:
+    (text,) = (block for block in blocks("json") if "reasoning_content" in block)
+    (tmp_path / "x.json").write_text(text)
+    (record,) = source.load_records(tmp_path / "x.json")
+    assert record.trained == [3]
+    assert record.context == {1}
+    assert record.harmless == ("id",)
+    assert record.messages[3]["reasoning_content"] == "two and two"
+
+
+def test_every_key_of_the_readmes_table_is_known() -> None:
+    table = README.partition("No key\nis passed over")[2].partition("A row of training begins")[0]
+    flags = re.findall(r"`([\w]+)`", table.splitlines()[4])
+    assert flags == list(shapes.FLAGS)
+    assert set(re.findall(r"`([\w]+)`", table.splitlines()[5])) == set(shapes.REASONING)
