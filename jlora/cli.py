@@ -1,9 +1,11 @@
 """The command line: one frozen dataclass for each command; its fields are the flags."""
 
 import dataclasses
+import importlib.metadata
 import itertools
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -11,11 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jlora import actions, conversion
 from jlora.errors import JloraError, nearest
 
 USAGE = """\
-usage: jlora COMMAND [flags]        jlora COMMAND --help lists a command's flags
+usage: jlora COMMAND [flags]        jlora COMMAND --help lists a command's flags; jlora --version
 
   fetch NAME --to DIR               download a model (smollm2, smollm2-gguf) or data (sentiment)
   convert FILE.gguf --to DIR        turn a GGUF file into a Hugging Face model directory
@@ -39,6 +40,9 @@ usage: jlora COMMAND [flags]        jlora COMMAND --help lists a command's flags
   inspect --model DIR               show what the --lora flags adapt; with --model-config FILE, of a
                                     config.json without weights
 """
+
+NAMES = tuple(dict.fromkeys(re.findall("^  ([a-z]+) ", USAGE, re.MULTILINE)))
+"""The commands, as `USAGE` lists them."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -66,10 +70,13 @@ def run(arguments: Sequence[str]) -> None:
         print(USAGE, end="")
         return
     name = arguments[0]
-    if name not in actions.COMMANDS:
-        raise JloraError(
-            f"no command {name!r}{nearest(name, actions.COMMANDS) or '; see jlora --help'}"
-        )
+    if name == "--version":
+        print(f"jlora {importlib.metadata.version('jlora')}")
+        return
+    if name not in NAMES:
+        raise JloraError(f"no command {name!r}{nearest(name, NAMES) or '; see jlora --help'}")
+    from jlora import actions  # takes a second, which --help and a slip of the pen need not wait
+
     settings = parse(name, arguments[1:])
     use_compilation_cache()
     with log_to_stderr():
@@ -84,6 +91,8 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
         SystemExit: flags that are unknown, absent or ill-formed; tyro has said which.
     """
     import tyro
+
+    from jlora import actions
 
     cls, action = actions.COMMANDS[name]
     arguments, file = _take_config(list(arguments), name)
@@ -118,6 +127,8 @@ def _take_config(arguments: list[str], name: str) -> tuple[list[str], Path | Non
 def _defaults(cls: type, file: Path) -> Any:
     """The configuration that `file` describes; what it leaves out and must be given stays open."""
     import tyro
+
+    from jlora import conversion
 
     values = conversion.read_toml(file)
     absent = [name for name in conversion.required(cls) if name not in values]

@@ -1,10 +1,13 @@
 """The shape of the package: who may import whom."""
 
 import ast
+import pydoc
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 import jlora
 
@@ -100,13 +103,33 @@ def test_no_module_imports_torch() -> None:
         assert not {name.split(".")[0] for name in imports(file)} & {"torch", "peft"}, file
 
 
-def test_importing_jlora_is_light() -> None:
-    heavy = {"datasets", "gguf", "grain", "transformers", "matplotlib", "torch", "pyarrow"}
-    code = f"import sys, jlora; print(sorted({heavy!r} & set(sys.modules)), 'jax' in sys.modules)"
+def loaded_by(code: str) -> set[str]:
+    """Names of the modules that a fresh interpreter has after running `code`."""
+    code += "\nimport sys; print(*sys.modules)"
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent
     )
-    assert run.stdout.strip() == "[] True", run.stderr
+    assert run.returncode == 0, run.stderr
+    return set(run.stdout.splitlines()[-1].split())
+
+
+HEAVY = {"datasets", "gguf", "grain", "transformers", "matplotlib", "torch", "pyarrow"}
+SLOW = HEAVY | {"jax", "flax", "optax", "orbax"}
+
+
+def test_importing_jlora_is_light() -> None:
+    assert not loaded_by("import jlora") & SLOW
+    everything = loaded_by("import jlora\nfor name in jlora.__all__: getattr(jlora, name)")
+    assert not everything & HEAVY
+    assert "jax" in everything
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["trian"], ["train", "--help"]])
+def test_what_needs_no_jax_does_not_wait_for_it(arguments: list[str]) -> None:
+    code = f"from jlora import cli\ntry: cli.main({arguments})\nexcept SystemExit: pass"
+    loaded = loaded_by(code)
+    assert not loaded & SLOW
+    assert ("pydantic" in loaded) == (arguments == ["train", "--help"])
 
 
 def test_files_are_short() -> None:
@@ -114,15 +137,22 @@ def test_files_are_short() -> None:
     assert {name: length for name, length in lengths.items() if length > 400} == {}
 
 
-def test_public_names_are_documented() -> None:
+def test_public_names_are_documented_and_the_same_for_type_checkers() -> None:
     tree = ast.parse((PACKAGE / "__init__.py").read_text())
-    names = [
-        alias for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names
-    ]
-    assert names
-    for alias in names:
-        assert alias.asname == alias.name, f"{alias.name}: re-export it explicitly"
-        assert getattr(jlora, alias.name).__doc__, alias.name
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    names = {}
+    for node in block.body:
+        assert isinstance(node, ast.ImportFrom)
+        for alias in node.names:
+            assert alias.asname == alias.name, f"{alias.name}: re-export it explicitly"
+            names[alias.name] = node.module
+    assert names == jlora._HOMES
+    assert dir(jlora) == sorted([*names, "__version__"])
+    for name in names:
+        assert getattr(jlora, name).__doc__, name
+    with pytest.raises(AttributeError, match="no attribute 'injct'"):
+        _ = jlora.injct  # type: ignore[attr-defined]
+    assert "inject(" in pydoc.render_doc(jlora, renderer=pydoc.plaintext)
 
 
 def test_only_injection_and_models_know_flax() -> None:
