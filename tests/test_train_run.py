@@ -321,6 +321,7 @@ def test_a_signal_during_an_evaluation_waits_for_the_next_step(
     with pytest.raises(loop.Stopped):
         loop.train(settings(tmp_path / "run", data=str(data), eval=wanted), say=said.append)
     assert steps_saved(tmp_path / "run") == [2]
+    assert "step 1 of 8: evaluation loss 1.0000" in said
     assert said[-1] == "SIGTERM: saved step 2 of 8; go on with --resume"
 
 

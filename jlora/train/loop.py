@@ -200,6 +200,7 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
                 pending = None
             if evaluate and (loss := measured.loss(leaves(), base)) is not None:
                 run.add_metrics({"step": step, "eval_loss": loss})
+                say(f"step {step} of {steps}: evaluation loss {loss:.4f}")
             if save:
                 checkpoints.save(state, meta_of(step))
             if stop or (signals and step == steps):
