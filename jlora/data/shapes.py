@@ -141,7 +141,7 @@ class _Reader:
         if not isinstance(turn, dict):
             raise JloraError(f"{at} must be an object, not {_kind(turn)}")
         turn = self._take(turn, _TURN, "of a turn")
-        for pair in (("role", "from"), ("content", "value")):
+        for pair in (("role", "from"), ("content", "value"), ("tool_calls", "function_call")):
             if turn.keys() >= set(pair):
                 raise JloraError(f"{at} has both {' and '.join(pair)}: keep one of them")
         role_key = "from" if "from" in turn else "role"
