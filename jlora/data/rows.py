@@ -19,7 +19,19 @@ from jlora.errors import JloraError
 SUFFIXES = (".jsonl", ".json", ".parquet")
 
 _AROUND = HARMLESS | {"name", "description"}  # keys that may stand beside an array of records
-_DECODER = json.JSONDecoder()
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of which no key comes twice: JSON has the last stand, without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"an object has the key {twice!r} twice")
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_once)
 _SPACE = re.compile(r"\s*")
 
 

@@ -25,6 +25,7 @@ SHAPES = """\
   {"prompt": "...", "completion": "..."}, or both as lists of messages
   {"instruction": "...", "input": "..." (optional), "output": "...", "history": [["...", "..."]]}"""
 
+_SHOWN = 40  # characters of a value that an error shows
 _COMMON = ("system", "tools", "functions", "chat_template_kwargs")
 _TURN = (
     "role", "content", "from", "value", "name", "tool_calls", "tool_call_id", "function_call",
@@ -149,8 +150,10 @@ class _Reader:
         given = turn.get(role_key)
         role = ROLES.get(given) if isinstance(given, str) else None
         if role is None:
-            hint = nearest(str(given), ROLES)
-            raise JloraError(f"{at} has {role_key} {given!r}; known: {', '.join(ROLES)}{hint}")
+            hint = nearest(str(given)[:_SHOWN], ROLES)
+            raise JloraError(
+                f"{at} has {role_key} {_short(given)}; known: {', '.join(ROLES)}{hint}"
+            )
         message: Message = {"role": role}
         content = turn.get(content_key)
         if given == "function_call":
@@ -191,7 +194,7 @@ class _Reader:
             raise JloraError(f"{what} {_kind(content)}, not a string or a list of text parts")
         texts = []
         for part in content:
-            if (kind := part.get("type", "text")) != "text":
+            if (kind := part.get("type")) not in (None, "text"):
                 raise JloraError(f"{what} partly of type {kind!r}: jlora trains on text alone")
             texts.append(_string(self._take(part, ("type", "text"), "of a content part"), "text"))
         return "".join(texts)
@@ -228,8 +231,8 @@ def _trained(turn: Mapping[str, Any], at: str) -> bool | None:
         if (value := turn.get(key)) is not None:
             if not isinstance(value, bool | int | float) or value not in (0, 1):
                 raise JloraError(
-                    f"{at} has {key} {value!r}; 1 or true trains a turn, 0 or false leaves it as "
-                    "context, and nothing between them is supported"
+                    f"{at} has {key} {_short(value)}; 1 or true trains a turn, 0 or false "
+                    "leaves it as context, and nothing between them is supported"
                 )
             said[key] = bool(value)
     if len(set(said.values())) > 1:
@@ -328,5 +331,9 @@ def _kind(value: object) -> str:
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
     if value is None:
         return "missing or null"
+    return f"{names.get(type(value), 'the value')} {_short(value)}"
+
+
+def _short(value: object) -> str:
     text = repr(value)
-    return f"{names.get(type(value), 'the value')} {text if len(text) <= 40 else text[:37] + '...'}"
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."

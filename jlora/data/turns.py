@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from jlora.data.records import Message, Record
+from jlora.data.shapes import REASONING
 from jlora.data.template import ChatTokenizer
 from jlora.errors import JloraError
 
@@ -185,8 +186,8 @@ def _check_whole(record: Record, turn: Turn, start: int, tokenizer: ChatTokenize
             f"(from 0, the assistant's) whole: of its {key}\n  {_short(value)}\nnot all is in "
             f"what would be trained:\n  {_short(turn.text[turn.start : turn.end])}\n"
             f"Write the turn as this template wants it, or give another template with "
-            "--chat-template FILE" + ("." if key == "content" else f", or leave {key} out with "
-            f"--loader.ignore {key} (of jlora eval: --ignore).")
+            "--chat-template FILE" + ("." if key != "reasoning_content" else ", or leave it out "
+            f"with --loader.ignore {' '.join(REASONING)} (of jlora eval: --ignore).")
         )  # fmt: skip
 
 
@@ -247,7 +248,7 @@ def _check_context(record: Record, turns: range, prompt: str, tokenizer: ChatTok
         raise JloraError(
             f"{record.where}: the chat template {tokenizer.name} does not render the record's "
             "tools. Give one that does with --chat-template FILE, or leave them out with "
-            "--loader.ignore tools (of jlora eval: --ignore)."
+            "--loader.ignore tools functions (of jlora eval: --ignore)."
         )
 
 
