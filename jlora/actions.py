@@ -109,16 +109,13 @@ def generate(settings: commands.GenerateConfig) -> None:
 def quantize(settings: commands.QuantizeConfig) -> None:
     """Write a quantised copy of a model directory."""
     from jlora.models import load
+    from jlora.models.tensors import Tensors
 
     load.quantize(settings.model, settings.to, settings.quant)
-    before, after = (_weights_size(path) for path in (settings.model, settings.to))
+    before, after = (Tensors(path).size() for path in (settings.model, settings.to))
     print(
         f"wrote {settings.to}: weights of {after / 1e9:.3g} GB, where they were {before / 1e9:.3g}"
     )
-
-
-def _weights_size(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.glob("model*.safetensors"))
 
 
 def export(settings: commands.ExportConfig) -> None:

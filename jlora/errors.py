@@ -1,6 +1,8 @@
-"""The one exception type that jlora raises for what a user can mend."""
+"""The one exception type that jlora raises for what a user can mend; warnings said once."""
 
 import difflib
+import functools
+import logging
 from collections.abc import Iterable
 
 
@@ -15,3 +17,9 @@ def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
     """Return "; did you mean 'x' or 'y'?", or an empty string where nothing is near."""
     close = difflib.get_close_matches(name, list(known), n=n, cutoff=0.5)
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Log a warning, by the logger "jlora", unless this process has logged the same before."""
+    logging.getLogger("jlora").warning("%s", message)

@@ -22,6 +22,8 @@ from jlora.config import QuantConfig
 from jlora.errors import JloraError
 from jlora.matching import dotted
 from jlora.models import load
+from jlora.models.directory import Directory
+from jlora.models.tensors import has_weights
 from jlora.models.transformer import CausalLM
 from jlora.quant.array import QuantArray
 
@@ -96,8 +98,8 @@ def of(model: Any, params: Any = None) -> Fingerprint:
     return of_leaves(_class(model).__name__, leaves.items(), stacks)
 
 
-def of_directory(model_dir: Path, model: CausalLM) -> Fingerprint:
-    """The fingerprint of the model in a Hugging Face directory, of which few values are read.
+def of_directory(model_dir: Path | Directory, model: CausalLM) -> Fingerprint:
+    """Return the fingerprint of the model in a directory, of which few values are read.
 
     Of a directory without weights it has no hashes.
 
@@ -108,9 +110,9 @@ def of_directory(model_dir: Path, model: CausalLM) -> Fingerprint:
     Raises:
         JloraError: files that are missing or truncated, or of several models.
     """
-    if not any(model_dir.glob("*.safetensors")):
+    if not isinstance(model_dir, Directory) and not has_weights(model_dir):
         return of(model)
-    return of_leaves(type(model).__name__, load.views(model_dir, model), {})
+    return of_leaves(type(model).__name__, load.views(Directory.open(model_dir), model), {})
 
 
 def of_leaves(

@@ -22,7 +22,8 @@ from jlora.config import QuantConfig
 from jlora.data import chat
 from jlora.errors import JloraError
 from jlora.files import TEMPLATE_FILE, demand_free, new_directory, write_tensors, write_text
-from jlora.models import families, load
+from jlora.models import load
+from jlora.models.directory import Directory
 from jlora.models.tensors import INDEX, Tensors
 from jlora.quant import checks
 from jlora.quant.array import QuantArray
@@ -86,39 +87,37 @@ def merge(settings: MergeConfig, *, quant: QuantConfig | None = None) -> Merged:
     """
     demand_free(settings.to)  # before the work
     model_dir = settings.model
-    tensors = Tensors(model_dir)
+    directory = Directory.open(model_dir)
+    tensors = directory.tensors
     stored = adapters.read(settings.adapter)
     if stored.base is not None:
         quant = stored.base.quant_config()
     if tensors.quantised:
         quant = None
     into = _choose(settings, bool(tensors.quantised), quant)
-    model = load.abstract(model_dir)
+    model = load.abstract(directory)
     prompts = None
     if settings.verify is not None:
         tokenizer = chat.load_tokenizer(
             model_dir, model.config.vocab_size, template=stored.chat_template
         )
         prompts = verify.read_prompts(settings.verify, tokenizer)
-    base = fingerprint.of_directory(model_dir, model)
+    base = fingerprint.of_directory(directory, model)
     adapters.check_base(stored, base, force=settings.force)
     leaves, _ = injection.partition(model, everything=True)
     places = {}
     for path, leaf in leaves.items():
-        name, transposed = families.hf_name(path)
-        shape = tuple(reversed(leaf.shape)) if transposed else leaf.shape
-        places[name] = _Place(path, transposed, shape)
+        _, transposed = directory.name(path)
+        for name, shape in directory.expected(path, leaf.shape):  # a tied head's copy stays one
+            places[name] = _Place(path, transposed, shape)
     packed = load.mark(model, tensors, quant)
-    read = load.weights_of(model_dir)
+    read = load.weights_of(directory)
     stored, plan = adapters.fitted(stored, model, weights=read, force=settings.force)
     checks.whole([path for path in plan.whole if path in packed])
-    whole = {path: leaf for path, leaf in load.views(model_dir, model) if path in plan.whole}
+    whole = {path: leaf for path, leaf in load.views(directory, model) if path in plan.whole}
     found = adapters.norms(stored, whole)
     adapters.report(stored, found, allow_zero=settings.force)
-    tied = model.config.tie_word_embeddings
-    if tied and "lm_head.weight" in tensors.shapes():  # a copy, which is to stay one
-        places["lm_head.weight"] = places["model.embed_tokens.weight"]
-    weights = _Weights(settings, tensors, places, stored, plan, packed, quant, into)
+    weights = _Weights(settings, directory, places, stored, plan, packed, quant, into)
     with new_directory(settings.to) as stage:
         changes: dict[str, Any] = {"quantization_config": None}
         if settings.dtype != "auto":
@@ -126,14 +125,14 @@ def merge(settings: MergeConfig, *, quant: QuantConfig | None = None) -> Merged:
         load.copy_beside(model_dir, stage, **changes)
         if stored.chat_template is not None:
             write_text(stage / TEMPLATE_FILE, stored.chat_template)
-        _write(stage, tensors, weights, indexed=(model_dir / INDEX).is_file())
+        _write(stage, tensors, weights, indexed=tensors.indexed)
         merged = Merged(into, len(found), math.hypot(*found.values()), *weights.measured())
         saw = None if stored.base is None else stored.base.quant
         merged.unseen = saw is not None and any(own != saw for own in weights.stored_as)
         if prompts is not None:
             seen = quant if into == "dequantized" else None
             merged.verified = verify.compare(
-                lambda: load.load(model_dir, quant=seen),
+                lambda: load.load(directory, quant=seen),
                 stored,
                 stage,
                 prompts,
@@ -203,7 +202,7 @@ class _Weights:
     def __init__(
         self,
         settings: MergeConfig,
-        tensors: Tensors,
+        directory: Directory,
         places: Mapping[str, _Place],
         stored: StoredAdapter,
         plan: Plan,
@@ -211,7 +210,8 @@ class _Weights:
         quant: QuantConfig | None,
         into: str,
     ):
-        self.settings, self.tensors, self.places = settings, tensors, places
+        self.settings, self.tensors, self.places = settings, directory.tensors, places
+        self.embedding, _ = directory.name("model/embed_tokens/embedding")
         self.factors, self.plan = stored.factors, plan
         self.packed, self.quant, self.into = packed, quant, into
         self.targets = {target.site.weight_path: target for target in plan.targets}
@@ -234,7 +234,7 @@ class _Weights:
 
     def dtype(self, name: str) -> Any:
         """The dtype that a tensor is written in: its own unless another was asked for."""
-        like = "model.embed_tokens.weight" if name in self.tensors.quantised else name
+        like = self.embedding if name in self.tensors.quantised else name
         own = jnp.dtype(self.tensors.dtype(like))
         given = self.settings.dtype
         return jnp.dtype(given) if given != "auto" and jnp.issubdtype(own, jnp.floating) else own

@@ -43,7 +43,11 @@ HF_CONFIG = {
 def write_model(to: Path, seed: int = 0, **changes: Any) -> Path:
     """A random model of 3 layers with a byte-level tokenizer, as a Hugging Face directory."""
     to.mkdir(parents=True, exist_ok=True)
-    (to / "config.json").write_text(json.dumps(HF_CONFIG | changes))
+    about = HF_CONFIG | changes
+    if "model_type" not in changes:  # that of the class
+        kinds = {family.architecture: kind for kind, family in families.FAMILIES.items()}
+        about["model_type"] = kinds[about["architectures"][0]]
+    (to / "config.json").write_text(json.dumps(about))
     (to / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))
     config = families.read_config(to)
     model = CausalLM(config, rngs=nnx.Rngs(seed))

@@ -311,25 +311,8 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         lambda at: (at / "config.json").write_text("[]"), ["config.json holds no JSON object"]
     ),
     "missing keys": (
-        edit_config(drop=("hidden_size", "rms_norm_eps")),
-        ["config.json: missing hidden_size, rms_norm_eps; fetch the model again"],
-    ),
-    "architecture": (
-        edit_config(architectures=["GPT2LMHeadModel"]),
-        ["config.json: architecture 'GPT2LMHeadModel' is not supported; these are: Llama"],
-    ),
-    "no architecture": (edit_config(drop=("architectures",)), ["architecture None"]),
-    "computes otherwise": (
-        edit_config(hidden_act="gelu", sliding_window=16, quantization_config={"bits": 4}),
-        ["hidden_act 'gelu' (only 'silu')", "sliding_window 16 (only null)", "quantization_config"],
-    ),
-    "rotary scaling": (
-        edit_config(rope_scaling={"rope_type": "yarn", "factor": 2.0}),
-        ["rotary scaling 'yarn' is not supported; these are: default, linear, llama3"],
-    ),
-    "no weights": (
-        lambda at: (at / "model.safetensors").unlink(),
-        ["lacks model.safetensors; weights must be safetensors: fetch or convert"],
+        edit_config(drop=("hidden_size", "vocab_size", "rms_norm_eps")),
+        ["config.json: missing vocab_size, hidden_size; fetch the model again"],
     ),
     "truncated": (
         truncate("model.safetensors"),

@@ -80,6 +80,22 @@ def visible(valid: Array, slots: Array) -> Array:
     return (jnp.arange(valid.shape[1]) <= slots[:, None]) & valid[:, None, :]
 
 
+def windowed(valid: Array, slots: Array | None, window: int) -> Array:
+    """Return where a query may look that sees no more than `window` slots, its own the last.
+
+    Args:
+        valid: bool (B, S), False for keys that no query sees; or (B, T, S), what each query sees.
+        slots: as for `causal_attention`.
+        window: how many slots, padding counted.
+
+    Returns:
+        bool (B, T, S).
+    """
+    own = jnp.arange(valid.shape[-1]) if slots is None else slots
+    seen = visible(valid, own) if valid.ndim == 2 else valid
+    return seen & (jnp.arange(valid.shape[-1]) > own[:, None] - window)
+
+
 def _whole_attention(q: Array, k: Array, v: Array, valid: Array, slots: Array) -> Array:
     return attention(q, k, v, visible(valid, slots))
 

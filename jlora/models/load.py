@@ -1,6 +1,7 @@
 """Hugging Face directories to models and back: every key accounted for, one tensor at a time."""
 
 import dataclasses
+import functools
 import json
 import re
 import shutil
@@ -20,7 +21,8 @@ from jlora.errors import JloraError
 from jlora.files import TEMPLATE_FILE, demand_free, new_directory, save_tensors, write_text
 from jlora.matching import dotted
 from jlora.models import families
-from jlora.models.tensors import Tensors
+from jlora.models.directory import HEAD, Directory
+from jlora.models.tensors import Tensors, has_weights
 from jlora.models.transformer import CausalLM
 from jlora.quant import bitsandbytes
 from jlora.quant.array import QuantArray, WeightPath
@@ -33,7 +35,7 @@ _NOT_COPIED = re.compile(r".*\.index\.json|adapter_.*|jlora_source\.json")
 
 
 def load(
-    model_dir: str | Path,
+    model_dir: str | Path | Directory,
     *,
     dtype: Any = jnp.float32,
     scan_layers: bool = False,
@@ -57,25 +59,24 @@ def load(
             that nothing reads, and shapes that do not fit the configuration, all at once; what
             cannot be quantised, or is already.
     """
-    model_dir = Path(model_dir)
-    model = abstract(model_dir, dtype=dtype, scan_layers=scan_layers, remat=remat)
+    directory = Directory.open(model_dir)
+    model = abstract(directory, dtype=dtype, scan_layers=scan_layers, remat=remat)
     stacks = injection.stacks(model)
-    tensors = Tensors(model_dir)
-    packed = mark(model, tensors, quant)
+    packed = mark(model, directory.tensors, quant)
     leaves, base = injection.partition(model, everything=True)
-    check(model_dir, leaves, stacks, tensors, model.config.tie_word_embeddings)
+    check(directory, leaves, stacks)
     loaded = {
-        path: _read_packed(path, leaf, stacks, tensors, quant)
+        path: _read_packed(path, leaf, stacks, directory, quant)
         if path in packed
-        else _read(path, leaf, stacks, tensors)
+        else _read(path, leaf, stacks, directory)
         for path, leaf in leaves.items()
     }
     return injection.combine(loaded, base)
 
 
-def is_quantised(model_dir: Path) -> bool:
-    """Whether a directory holds weights that bitsandbytes quantised, whatever its config says."""
-    return bool(Tensors(model_dir).quantised)
+def is_quantised(model_dir: Path | Directory) -> bool:
+    """Return whether a directory holds weights that bitsandbytes quantised."""
+    return bool(Directory.open(model_dir).tensors.quantised)
 
 
 def _demand_plain(tensors: Tensors) -> None:
@@ -95,7 +96,7 @@ def mark(model: CausalLM, tensors: Tensors, quant: QuantConfig | None) -> set[st
     if quant is not None:
         _demand_plain(tensors)
     known = {f"{dotted(name)}.weight" for site in injection.sites(model) for name in site.names}
-    if strange := tensors.quantised - known - {"lm_head.weight"}:
+    if strange := tensors.quantised - known:
         raise JloraError(
             f"{', '.join(sorted(strange)[:5])}: quantised, but no linear layer's weight: was the "
             "checkpoint damaged, or written for another model?"
@@ -129,14 +130,22 @@ def compute_dtype(name: str, *, exact: bool = False) -> Any:
 
 
 def abstract(
-    model_dir: str | Path,
+    model_dir: str | Path | Directory,
     *,
     dtype: Any = jnp.float32,
     scan_layers: bool = False,
     remat: bool = False,
 ) -> CausalLM:
-    """The model of a directory with shapes for weights: what names and counts need."""
-    config = families.read_config(Path(model_dir))
+    """Return the model of a directory, or of a config.json, with shapes for weights.
+
+    That is what names and counts need. Where there are weights, they say if the head is tied.
+    """
+    if not isinstance(model_dir, Directory) and has_weights(Path(model_dir)):
+        model_dir = Directory.open(model_dir)
+    if isinstance(model_dir, Directory):
+        config = model_dir.config
+    else:
+        config = families.read_config(Path(model_dir))
     # One key for all: nnx.Rngs counts its draws, and traced that takes seconds for many layers.
     key = jax.random.key(0)
     rngs: Any = types.SimpleNamespace(params=lambda: key)
@@ -145,27 +154,21 @@ def abstract(
     )
 
 
-def weights_of(model_dir: str | Path) -> Callable[[str], np.ndarray | None]:
-    """What reads a leaf of a directory's model by its canonical path, without the rest.
+def weights_of(model_dir: str | Path | Directory) -> Callable[[str], np.ndarray | None]:
+    """Return what reads a leaf of a directory's model by its canonical path, without the rest.
 
-    Of what is quantised it gives None.
+    The directory is opened when the first leaf is asked for, and once. Of what is quantised the
+    reader gives None.
     """
-
-    def read(path: str) -> np.ndarray | None:
-        tensors = Tensors(Path(model_dir))
-        name, transposed = families.hf_name(path)
-        if name in tensors.quantised:
-            return None
-        return tensors.read(name).T if transposed else tensors.read(name)
-
-    return read
+    opened = functools.cache(lambda: Directory.open(model_dir))
+    return lambda path: opened().read(path)
 
 
-def views(model_dir: Path, model: CausalLM) -> Iterator[tuple[str, Any]]:
-    """(path, leaf) of each parameter as it lies on disk, to look at few of its values.
+def views(directory: Directory, model: CausalLM) -> Iterator[tuple[str, Any]]:
+    """Yield (path, leaf) of each parameter as it lies on disk, to look at few of its values.
 
     Args:
-        model_dir: a Hugging Face directory.
+        directory: a model's.
         model: its model with its layers unrolled; may be abstract.
 
     Yields:
@@ -174,11 +177,11 @@ def views(model_dir: Path, model: CausalLM) -> Iterator[tuple[str, Any]]:
     Raises:
         JloraError: weights that are not the model's, as for `load`.
     """
-    tensors = Tensors(model_dir)
+    tensors = directory.tensors
     leaves, _ = injection.partition(model, everything=True)
-    check(model_dir, leaves, {}, tensors, model.config.tie_word_embeddings)
+    check(directory, leaves, {})
     for path, leaf in leaves.items():
-        name, transposed = families.hf_name(path)
+        name, transposed = directory.name(path)
         if name in tensors.quantised:
             yield path, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
         else:
@@ -253,7 +256,8 @@ def quantize(model_dir: Path, to: Path, quant: QuantConfig) -> None:
         JloraError: as `load`; a weight that bitsandbytes' layout has no place for.
     """
     demand_free(to)  # before the work
-    tensors = Tensors(model_dir)
+    directory = Directory.open(model_dir)
+    tensors = directory.tensors
     _demand_plain(tensors)
     dtypes = {tensors.dtype(name) for name, shape in tensors.shapes().items() if shape is not None}
     if len(dtypes) > 1:
@@ -261,33 +265,30 @@ def quantize(model_dir: Path, to: Path, quant: QuantConfig) -> None:
             f"the weights in {model_dir} are of several dtypes, {', '.join(sorted(dtypes))}; "
             "convert them to one"
         )
-    model = load(model_dir, dtype=jnp.dtype(dtypes.pop()), quant=quant)
+    model = load(directory, dtype=jnp.dtype(dtypes.pop()), quant=quant)
     save(model, to, source=model_dir)
 
 
-def check(
-    model_dir: Path, leaves: dict[str, Any], stacks: dict[str, int], tensors: Tensors, tied: bool
-) -> None:
+def check(directory: Directory, leaves: dict[str, Any], stacks: dict[str, int]) -> None:
     """Demand each weight of the model, in its shape, and no other.
 
     Raises:
         JloraError: all differences at once.
     """
-    expected = {}
+    expected: dict[str, tuple[int, ...]] = {}
     for path, shape in _layer_shapes(leaves, stacks):
-        name, transposed = families.hf_name(path)
-        expected[name] = tuple(reversed(shape)) if transposed else shape
+        expected |= directory.expected(path, shape)
     found = {
         name: expected.get(name, ()) if shape is None else shape
-        for name, shape in tensors.shapes().items()
-        if not (tied and name == "lm_head.weight")
+        for name, shape in directory.tensors.shapes().items()
     }
-    paths.check_same(
-        expected,
-        found,
-        what=f"the checkpoint in {model_dir}",
-        remedy="config.json and the weights must be of one model: fetch or convert it again",
-    )
+    remedy = "config.json and the weights must be of one model: fetch or convert it again"
+    if HEAD in expected and HEAD not in found and not directory.config.tie_word_embeddings:
+        remedy = (
+            f"config.json does not tie the output head (tie_word_embeddings), and {HEAD} is not "
+            "there: where the head is the embedding, say true there; else fetch the model again"
+        )
+    paths.check_same(expected, found, what=f"the checkpoint in {directory.path}", remedy=remedy)
 
 
 def _layer_shapes(
@@ -299,26 +300,27 @@ def _layer_shapes(
             yield layer, leaf.shape if layers == [path] else leaf.shape[1:]
 
 
-def _read(path: str, leaf: Any, stacks: dict[str, int], tensors: Tensors) -> jax.Array:
+def _read(path: str, leaf: Any, stacks: dict[str, int], directory: Directory) -> jax.Array:
     """One leaf in its own dtype, filled layer by layer if it is stacked."""
     layers = canonical.layer_paths(path, stacks)
     whole = empty(leaf.shape, leaf.dtype)
     for layer, part in zip(layers, [whole] if layers == [path] else whole, strict=True):
-        name, transposed = families.hf_name(layer)
+        name, transposed = directory.name(layer)
         if transposed:
-            transpose_into(part, tensors.read(name))
+            transpose_into(part, directory.tensors.read(name))
         else:
-            part[...] = tensors.read(name)
+            part[...] = directory.tensors.read(name)
     return jax.device_put(whole)
 
 
 def _read_packed(
-    path: str, leaf: Any, stacks: dict[str, int], tensors: Tensors, quant: QuantConfig | None
+    path: str, leaf: Any, stacks: dict[str, int], directory: Directory, quant: QuantConfig | None
 ) -> QuantArray:
     """One quantised leaf: quantised now, layer by layer, or as it lies on disk."""
+    tensors = directory.tensors
 
     def one(layer: str) -> QuantArray:
-        name, _ = families.hf_name(layer)
+        name, _ = directory.name(layer)
         if quant is None:
             size, out = leaf.shape[-2:]
             return tensors.read_quantised(name, (out, size), leaf.dtype)

@@ -11,14 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from jlora.errors import JloraError
+from jlora.errors import JloraError, warn_once
 from jlora.files import DTYPES
 from jlora.quant import bitsandbytes
 from jlora.quant.array import QuantArray
 
-# Buffers that old checkpoints carry and that the configuration determines.
-_RECOMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-
+# Buffers that old checkpoints carry, which the configuration determines.
+_RECOMPUTED = re.compile(
+    r"(.*\.)?(rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)"
+    r"|self_attn\.(masked_bias|causal_mask)|position_ids)"
+)
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+WEIGHTS = "model.safetensors"
 
 INDEX = "model.safetensors.index.json"
 """Says which file each tensor of a checkpoint of several is in."""
@@ -36,18 +40,47 @@ class _Place(NamedTuple):
 class Tensors:
     """The tensors of a checkpoint.
 
-    They are read, not mapped: what a process has mapped counts as its memory once it was touched.
+    The files' headers are parsed here and never again. Tensors are read, not mapped: what a process
+    has mapped counts as its memory once it was touched.
 
     Raises:
-        JloraError: files that are missing, truncated or no safetensors.
+        JloraError: files that are missing, truncated or no safetensors; one name with different
+            tensors in two of them.
     """
 
     def __init__(self, model_dir: Path):
-        self._of = dict(_places(model_dir))
+        names, self.indexed = _files(model_dir)
+        self._of: dict[str, _Place] = {}
+        for file in (model_dir / name for name in names):
+            for name, place in _places(file):
+                if name in self._of and not self._alike(self._of[name], place):
+                    raise JloraError(
+                        f"{name} is in {self._of[name].file} and, otherwise, in {file}: two saves "
+                        "were mixed; fetch or convert the model again"
+                    )
+                self._of[name] = place
         state = re.escape(bitsandbytes.STATE)
         marks = (re.fullmatch(rf"(.*\.)(?:{state}\w+|SCB)", name) for name in self._of)
         self.quantised = {f"{mark[1]}weight" for mark in marks if mark}
         """Names of the weights that bitsandbytes quantised."""
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._of
+
+    def equal(self, one: str, other: str) -> bool:
+        """Return whether two tensors hold the same values."""
+        return self._alike(self._of[one], self._of[other])
+
+    def _alike(self, one: _Place, other: _Place) -> bool:
+        """Return whether two places hold the same values, of which few are in memory at a time."""
+        if one.shape != other.shape:
+            return False
+        size, step = math.prod(one.shape), 2**22
+        for start in range(0, size, step):
+            a, b = (_read(place, start, min(step, size - start)) for place in (one, other))
+            if not np.array_equal(a, b):
+                return False
+        return True
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         """A tensor as it lies on disk, or some of its rows.
@@ -55,21 +88,22 @@ class Tensors:
         Raises:
             JloraError: its file has become shorter, or its dtype is not known.
         """
-        file, start, _, shape = self._of[name]
-        dtype = jnp.dtype(self.dtype(name))
+        place = self._of[name]
+        start, shape = 0, place.shape
         if shape:
             first, last, _ = rows.indices(shape[0])
-            start += first * math.prod(shape[1:]) * dtype.itemsize
+            start = first * math.prod(shape[1:])
             shape = (last - first, *shape[1:])
-        array = np.fromfile(file, dtype, count=math.prod(shape), offset=start)
-        if array.size != math.prod(shape):
-            raise JloraError(f"{file} was cut short while it was read; fetch it again")
-        return array.reshape(shape)
+        return _read(place, start, math.prod(shape)).reshape(shape)
 
     def view(self, name: str) -> np.ndarray:
         """A tensor of which values are read as they are looked at, for where few are."""
         file, start, _, shape = self._of[name]
         return np.memmap(file, jnp.dtype(self.dtype(name)), "r", start, shape)
+
+    def size(self) -> int:
+        """Return how many bytes the files have."""
+        return sum(file.stat().st_size for file in {place.file for place in self._of.values()})
 
     def files(self) -> dict[str, list[str]]:
         """Name of each file -> those of its tensors, the parts of quantised weights left out."""
@@ -101,12 +135,7 @@ class Tensors:
 
     def dtype(self, name: str) -> str:
         """The dtype of a tensor as NumPy calls it: "bfloat16"."""
-        place = self._of[name]
-        if place.dtype not in DTYPES:
-            raise JloraError(
-                f"{place.file}: {name} is {place.dtype}, and only {', '.join(DTYPES)} are read"
-            )
-        return DTYPES[place.dtype]
+        return _dtype(self._of[name])
 
     def _parts(self, name: str) -> set[str]:
         """Names of what lies beside the codes of a quantised weight."""
@@ -115,34 +144,100 @@ class Tensors:
         return {n for n in self._of if n in beside or n.startswith(f"{name}.")}
 
 
-def _places(model_dir: Path) -> Iterator[tuple[str, _Place]]:
-    """(name, place) for every tensor of the checkpoint."""
-    index = model_dir / INDEX
-    names = ["model.safetensors"]
-    if index.is_file():
-        try:
-            names = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise JloraError(f"{index} is not a safetensors index; fetch it again") from None
+def _dtype(place: _Place) -> str:
+    if place.dtype not in DTYPES:
+        raise JloraError(
+            f"{place.file}: a tensor is {place.dtype}, and only {', '.join(DTYPES)} are read"
+        )
+    return DTYPES[place.dtype]
+
+
+def _read(place: _Place, start: int, count: int) -> np.ndarray:
+    """Read `count` values of a tensor from value `start` on, (count,)."""
+    dtype = jnp.dtype(_dtype(place))
+    offset = place.start + start * dtype.itemsize
+    array = np.fromfile(place.file, dtype, count=count, offset=offset)
+    if array.size != count:
+        raise JloraError(f"{place.file} was cut short while it was read; fetch it again")
+    return array
+
+
+def has_weights(model_dir: Path) -> bool:
+    """Return whether a directory holds safetensors, or an index of such."""
+    return (model_dir / INDEX).is_file() or any(model_dir.glob("*.safetensors"))
+
+
+def _files(model_dir: Path) -> tuple[list[str], bool]:
+    """Return the names of a checkpoint's files, and whether they are an index's.
+
+    As transformers does: model.safetensors if there is one, else what the index names. Of other
+    shards, and of an index that is not used, the log has a warning.
+
+    Raises:
+        JloraError: there are no weights that can be read; files that the index names are absent.
+    """
+    index, single = model_dir / INDEX, (model_dir / WEIGHTS).is_file()
+    shards = sorted(file.name for file in model_dir.glob("*") if _SHARD.fullmatch(file.name))
+    listed = _listed(index) if index.is_file() else []
+    if not single and not listed:
+        raise JloraError(_without_weights(model_dir, shards))
+    names = [WEIGHTS] if single else listed
     if absent := [name for name in names if not (model_dir / name).is_file()]:
         raise JloraError(
-            f"{model_dir} lacks {', '.join(absent)}; weights must be safetensors: fetch or convert "
-            "the model again"
+            f"{model_dir} lacks {', '.join(absent)}; {INDEX} names it: fetch or convert the model "
+            "again"
         )
-    for file in (model_dir / name for name in names):
-        try:
-            with safe_open(file, framework="np"):  # refuses what is truncated
-                pass
-        except (SafetensorError, OSError) as error:
-            raise JloraError(
-                f"{file} is truncated or no safetensors file ({error}); fetch it again"
-            ) from None
-        with file.open("rb") as opened:
-            size = int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(size))
-        for name, about in header.items():
-            if name != "__metadata__":
-                start, _ = about["data_offsets"]
-                yield name, _Place(file, 8 + size + start, about["dtype"], tuple(about["shape"]))
+    unread = [name for name in shards if name not in names]
+    if single and listed not in ([], [WEIGHTS]):
+        unread = [INDEX, *unread]
+    if unread:
+        more = f" and {len(unread) - 5} more" if len(unread) > 5 else ""
+        warn_once(
+            f"{model_dir}: the weights are read from {WEIGHTS if single else INDEX}, as "
+            f"transformers does, and {', '.join(unread[:5])}{more} beside it left unread: remove "
+            "what is of an older save"
+        )
+    return names, not single
+
+
+def _listed(index: Path) -> list[str]:
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return sorted({str(Path(name)) for name in names})
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise JloraError(f"{index} is not a safetensors index; fetch it again") from None
+
+
+def _without_weights(model_dir: Path, shards: list[str]) -> str:
+    """Return what to say of a directory without weights, or with such as are not read."""
+    lacks = f"{model_dir} lacks {WEIGHTS}"
+    if shards:
+        return f"{lacks}, and {INDEX}, which says what {shards[0]} is part of: fetch that too"
+    pickled = sorted(file.name for file in model_dir.glob("*.bin"))
+    if pickled:
+        return (
+            f"{lacks}; weights must be safetensors, and {pickled[0]} is pickled, which can run any "
+            "code: where torch is, convert it with transformers' AutoModelForCausalLM"
+            f".from_pretrained({str(model_dir)!r}).save_pretrained(...)"
+        )
+    others = sorted(file.name for file in model_dir.glob("*.safetensors"))
+    there = f" ({', '.join(others[:3])} is there, and is not it)" if others else ""
+    return f"{lacks}{there}; weights must be safetensors: fetch or convert the model again"
+
+
+def _places(file: Path) -> Iterator[tuple[str, _Place]]:
+    """Yield (name, place) for every tensor of a file."""
+    try:
+        with safe_open(file, framework="np"):  # refuses what is truncated
+            pass
+    except (SafetensorError, OSError) as error:
+        raise JloraError(
+            f"{file} is truncated or no safetensors file ({error}); fetch it again"
+        ) from None
+    with file.open("rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+    for name, about in header.items():
+        if name != "__metadata__":
+            start, _ = about["data_offsets"]
+            yield name, _Place(file, 8 + size + start, about["dtype"], tuple(about["shape"]))

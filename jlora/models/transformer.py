@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jlora.models.attention import causal_attention, rotary_tables, rotate
+from jlora.errors import JloraError
+from jlora.models.attention import causal_attention, rotary_tables, rotate, windowed
 from jlora.quant.array import QuantArray
 
 
@@ -37,6 +38,10 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     """RMS norms on each head's queries and keys (Qwen3)."""
+    max_position_embeddings: int = 2**31 - 1
+    """Positions that the model was made for; what is beyond is computed all the same."""
+    windows: tuple[int | None, ...] = ()
+    """How many slots each layer's queries see, up to their own; None for all; () for all in all."""
 
 
 class RMSNorm(nnx.Module):
@@ -75,10 +80,14 @@ class Context(NamedTuple):
     """With a cache: int32 (T,), each token's own key, and the last that it sees."""
 
 
+Windows = tuple[int | None, ...]
+"""The window of a layer, or those that occur among stacked ones."""
+
+
 class Attention(nnx.Module):
     """Grouped-query self-attention with rotary positions."""
 
-    def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs, windows: Windows):
         c = config
         linear = functools.partial(nnx.Linear, dtype=dtype, param_dtype=dtype, rngs=rngs)
         queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
@@ -89,7 +98,7 @@ class Attention(nnx.Module):
         if c.qk_norm:
             self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps, dtype)
             self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps, dtype)
-        self.config = config
+        self.config, self.windows = config, windows
 
     def __call__(
         self, x: Array, ctx: Context, cache: tuple[Array, Array] | None
@@ -109,8 +118,25 @@ class Attention(nnx.Module):
                 for old, new in zip(cache, (k, v), strict=True)
             )
             cache = (k, v)
-        out = causal_attention(q, k, v, ctx.valid, ctx.slots)
+        out = causal_attention(q, k, v, self._visible(ctx, k.shape[1]), ctx.slots)
         return self.o_proj(out.reshape(*x.shape[:2], -1)), cache
+
+    def _visible(self, ctx: Context, keys: int) -> Array:
+        """Return `ctx.valid`, or, (B, T, S), with the window's limit where it is within S = keys.
+
+        Raises:
+            JloraError: stacked layers with windows that differ.
+        """
+        within = {w for w in self.windows if w is not None and w < keys}
+        if not within:
+            return ctx.valid
+        if len(self.windows) > 1:
+            raise JloraError(
+                f"rows of {keys} slots, and stacked layers of which some see all and others "
+                f"{min(within)} (sliding_window): load the model with scan_layers=False "
+                "(--no-scan-layers), or keep rows within the window"
+            )
+        return windowed(ctx.valid, ctx.slots, within.pop())
 
 
 @jax.custom_vjp
@@ -150,9 +176,9 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """Attention and MLP, each after a norm and added to its input."""
 
-    def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs, windows: Windows):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.self_attn = Attention(config, dtype, rngs)
+        self.self_attn = Attention(config, dtype, rngs, windows)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.mlp = MLP(config, dtype, rngs)
 
@@ -191,13 +217,13 @@ class Transformer(nnx.Module):
             config.vocab_size, config.hidden_size, dtype=dtype, param_dtype=dtype, rngs=rngs
         )
         if scan_layers:
-            stacked = nnx.vmap(lambda rngs: Block(config, dtype, rngs), in_axes=0)
+            windows = tuple(dict.fromkeys(config.windows))
+            stacked = nnx.vmap(lambda rngs: Block(config, dtype, rngs, windows), in_axes=0)
             keys = jax.random.split(rngs.params(), config.num_hidden_layers)
             self.layers: Any = stacked(nnx.Rngs(params=keys))
         else:
-            self.layers = nnx.List(
-                [Block(config, dtype, rngs) for _ in range(config.num_hidden_layers)]
-            )
+            each = config.windows or (None,) * config.num_hidden_layers
+            self.layers = nnx.List([Block(config, dtype, rngs, (window,)) for window in each])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.config, self.scan_layers, self.remat = config, scan_layers, remat
 

@@ -23,6 +23,7 @@ from jlora.data.batching import Batch, Batches
 from jlora.errors import JloraError
 from jlora.files import read_template, write_text
 from jlora.models import families, load
+from jlora.models.directory import Directory
 from jlora.train import measure
 from jlora.train.checkpoint import RunCheckpoints
 from jlora.train.run import Run
@@ -60,17 +61,20 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
     if run.report.is_file():  # the last file that a run writes
         say(f"{run.path} is finished: this is what it left\n\n{run.samples.read_text('utf-8')}")
         return json.loads(run.report.read_text(encoding="utf-8"))
-    model_config = families.read_config(settings.model)  # says best what is wrong with a directory
+    directory = Directory.open(settings.model)  # says best what is wrong with it
     records = source.load_records(settings.data, "train", ignore=settings.loader.ignore)
     template = run.chat_template if run.chat_template.is_file() else settings.chat_template
     tokenizer = chat.load_tokenizer(
         settings.model,
-        model_config.vocab_size,
+        directory.config.vocab_size,
         template=None if template is None else read_template(template),
         template_name=str(template),
         now=datetime.fromisoformat(settings.now or ""),
     )
     examples, encoded = chat.encode_all(records, tokenizer, settings.loader.max_length)
+    families.warn_of_length(
+        directory.config, max(len(example.tokens) for example in examples), "training rows"
+    )
     batches = Batches(
         examples,
         settings.loader.batch_size,
@@ -93,9 +97,9 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
     scan = not on_cpu if settings.scan_layers is None else settings.scan_layers
     options: dict[str, Any] = {"dtype": dtype, "scan_layers": scan, "remat": settings.remat}
     if adapts:  # a target that matches nothing is known before any weight is read
-        plan = injection.plan(load.abstract(settings.model, **options), settings.lora)
+        plan = injection.plan(load.abstract(directory, **options), settings.lora)
         peft.check_exportable(plan)
-    model: Any = load.load(settings.model, **options, quant=_quant(settings))
+    model: Any = load.load(directory, **options, quant=_quant(settings, directory))
     key_init, key_dropout = jax.random.split(jax.random.key(settings.seed))
     if adapts:
         injection.inject(model, settings.lora, rngs=key_init)
@@ -257,14 +261,14 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
     return report
 
 
-def _quant(settings: TrainConfig) -> QuantConfig | None:
+def _quant(settings: TrainConfig, directory: Directory) -> QuantConfig | None:
     """How weights are to be quantised as they are read.
 
     Raises:
         JloraError: they are already, and the settings ask for something else.
     """
     asked = settings.quant != QuantConfig()
-    if not load.is_quantised(settings.model):
+    if not load.is_quantised(directory):
         if asked and settings.method != "qlora":
             raise JloraError("--quant is how --method qlora quantises; this is another method")
         return settings.quant if settings.method == "qlora" else None
