@@ -45,6 +45,7 @@ def evaluate(settings: commands.EvaluateConfig) -> None:
     from jlora import adapters, evaluate, injection
     from jlora.data import chat, source
     from jlora.generation import stop_ids
+    from jlora.models.families import warn_of_length
     from jlora.train import measure
 
     split = None if Path(settings.data).is_file() else "test"
@@ -56,6 +57,7 @@ def evaluate(settings: commands.EvaluateConfig) -> None:
         adapters.load_adapter(path, model, force=settings.force, allow_zero=settings.force)
     examples, encoded = chat.encode_all(records, tokenizer, settings.max_length)
     print(f"data: {encoded}", file=sys.stderr)
+    warn_of_length(model.config, max(len(row.tokens) for row in examples), "rows to evaluate")
     records = [record for record in records if record.trained]  # others have no answer to compare
     batches = measure.evaluation_batches(examples, settings.batch_size)
     answers = evaluate.answers(

@@ -187,7 +187,7 @@ def _refactored(stored: StoredAdapter, shapes: Mapping[str, tuple[int, ...]]) ->
     factors = {}
     for path, leaf in stored.factors.items():
         shape = shapes.get(path, leaf.shape)
-        flat = leaf.shape == (shape[0], math.prod(shape[1:]))
+        flat = len(shape) > 1 and leaf.shape == (shape[0], math.prod(shape[1:]))
         factors[path] = leaf.reshape(shape) if flat else leaf
     return dataclasses.replace(stored, factors=factors)
 

@@ -122,6 +122,11 @@ class Bank:
         return tuple(name for name in self._held if name is not None)
 
     @property
+    def model(self) -> Any:
+        """The model that the adapters are for."""
+        return self._model
+
+    @property
     def active(self) -> str | None:
         """Name of the adapter in use, None for the base alone."""
         return self._active

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 
@@ -81,6 +81,13 @@ _TUPLES = (
 )  # fmt: skip
 
 
+def _one_as_several(value: Any) -> Any:
+    """Return a whole number as a tuple of it, and what has no items as None, as PEFT reads them."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return (value,)
+    return None if value in ((), []) else value
+
+
 @_names_strangers
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig(Strict):
@@ -102,8 +109,10 @@ class LoraConfig(Strict):
     """Modules left out, matched like `target_modules`."""
     lora_dropout: float = 0.0
     """Probability of dropping an input of A while training."""
-    layers_to_transform: tuple[int, ...] | None = None
-    """Only these layers; None means all."""
+    layers_to_transform: Annotated[
+        tuple[int, ...] | None, pydantic.BeforeValidator(lambda value: _one_as_several(value))
+    ] = None
+    """Only these layers, or this one; None means all, as an empty list does."""
     rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
     """Name or regular expression -> rank; the first that matches the end of a name wins."""
     alpha_pattern: dict[str, int | float] = dataclasses.field(default_factory=dict)
@@ -128,6 +137,7 @@ class LoraConfig(Strict):
             if isinstance(value, int | list | set):  # as PEFT's users write them
                 value = (value,) if isinstance(value, int) else tuple(value)
                 object.__setattr__(self, name, value)
+        object.__setattr__(self, "layers_to_transform", _one_as_several(self.layers_to_transform))
         problems = []
         ranks = {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}
         for name, rank in ranks.items():

@@ -13,6 +13,15 @@ class JloraError(ValueError):
     """
 
 
+class UnmatchedError(JloraError):
+    """Patterns of a configuration that match nothing, where nothing else is wrong with it."""
+
+    def __init__(self, message: str, patterns: Iterable[tuple[str, str | int]]):
+        super().__init__(message)
+        self.patterns = tuple(patterns)
+        """(field, pattern or index of a layer) of each."""
+
+
 def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
     """Return "; did you mean 'x' or 'y'?", or an empty string where nothing is near."""
     close = difflib.get_close_matches(name, list(known), n=n, cutoff=0.5)

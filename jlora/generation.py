@@ -19,6 +19,7 @@ from jax import Array
 from jlora import injection
 from jlora.bank import Bank
 from jlora.errors import JloraError
+from jlora.models.families import warn_of_length
 from jlora.models.transformer import CausalLM, KVCache
 from jlora.selection import gathered
 
@@ -89,6 +90,9 @@ def generate(
     _check(prompts, max_new_tokens, temperature, top_p, batch_size)
     bank = model if isinstance(model, Bank) else None
     _check_adapters(bank, adapters, len(prompts))
+    config = (model if bank is None else bank.model).config
+    longest = max(map(len, prompts), default=0) + max_new_tokens
+    warn_of_length(config, longest, f"prompts and {max_new_tokens} new tokens")
     frozen = injection.partition(model) if bank is None else bank.partition()
     sampling = Sampling(jax.random.key(seed), jnp.float32(temperature), jnp.float32(top_p))
     stops = stop_array(stop_ids)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from jlora.adapter import Site, Target
 from jlora.config import ALL_LINEAR, LoraConfig
-from jlora.errors import JloraError
+from jlora.errors import JloraError, UnmatchedError
 
 
 class Choice:
@@ -91,15 +91,16 @@ class Choice:
             modules: path of each module -> the names of its parameters.
 
         Raises:
-            JloraError: what matches nothing or is no regular expression, all at once, each with the
-                nearest names.
+            UnmatchedError: what matches nothing, all at once, each with the nearest names.
+            JloraError: something is no regular expression.
         """
         known = [n for site in sites for name in site.names for n in _dotted_names(site, name)]
         modules = modules or {}
         above = {m.rsplit("/", n)[0] for m in modules for n in range(m.count("/") + 1)}
         parameters = [dotted(f"{m}/{n}".lstrip("/")) for m, own in modules.items() for n in own]
         others = sorted({dotted(m) for m in above if m} | set(known))
-        problems = []
+        problems: list[str] = []
+        patterns: list[tuple[str, str | int]] = []
         for field, pattern, matches in self.demands:
             among = others if field == "modules_to_save" else known
             if any(map(matches, among)):
@@ -116,14 +117,18 @@ class Choice:
                     "module as a whole)"
                 )
             problems.append(f"{field}: {pattern!r}; {near}")
-        problems += self.problems
+            patterns.append((field, pattern))
         present = {index for name in known if (index := _layer(name)) is not None}
         for index in self.config.layers_to_transform or ():
             if index not in present:
                 count = f"0 to {max(present)}" if present else "none"
                 problems.append(f"layers_to_transform: no layer {index}; there are {count}")
+                patterns.append(("layers_to_transform", index))
+        title = f"{self.owner} matches nothing:\n  "
+        if self.problems:
+            raise JloraError(title + "\n  ".join(problems + self.problems))
         if problems:
-            raise JloraError(f"{self.owner} matches nothing:\n  " + "\n  ".join(problems))
+            raise UnmatchedError(title + "\n  ".join(problems), patterns)
 
     def _names(self, field: str, patterns: str | Iterable[str] | None) -> Callable[[str], bool]:
         if patterns is None or (patterns == ALL_LINEAR and field == "target_modules"):

@@ -212,6 +212,28 @@ def read_config(file: Path) -> config.LoraConfig:
     return conversion.from_dict(config.LoraConfig, values, where=str(file))
 
 
+def without(
+    lora: config.LoraConfig, patterns: Iterable[tuple[str, str | int]]
+) -> config.LoraConfig:
+    """Return a configuration less patterns that match nothing; the same where no target is left."""
+    fewer: dict[str, Any] = {}
+    for field, pattern in patterns:
+        value = fewer.get(field, getattr(lora, field))
+        if isinstance(value, dict):
+            fewer[field] = {key: own for key, own in value.items() if key != pattern}
+        elif isinstance(value, tuple):
+            fewer[field] = tuple(own for own in value if own != pattern)
+        elif field == "exclude_modules":
+            fewer[field] = None
+    if not all(fewer.get(name, True) for name in ("target_modules", "layers_to_transform")):
+        return lora
+    fewer |= {name: value or None for name, value in fewer.items() if name in _OPTIONAL}
+    return dataclasses.replace(lora, **fewer)
+
+
+_OPTIONAL = ("exclude_modules", "modules_to_save")
+
+
 def _too_large(value: Any) -> bool:
     if isinstance(value, dict | list):
         return any(map(_too_large, value.values() if isinstance(value, dict) else value))

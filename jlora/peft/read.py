@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from jlora import fingerprint, injection, paths
+from jlora import fingerprint, injection
 from jlora.checkpoint import StoredAdapter, check_finite
-from jlora.errors import JloraError
+from jlora.errors import JloraError, UnmatchedError, warn_once
 from jlora.files import read_template_of
 from jlora.fingerprint import Fingerprint
 from jlora.peft import config as peft_config
+from jlora.peft.checks import check_copies, check_names, check_repeats
 from jlora.peft.config import CONFIG_FILE
 from jlora.peft.fused import fused_layers, join, renamed
 from jlora.peft.tensors import (
     FACTORS,
     PREFIX,
-    Entry,
-    Table,
     Weights,
     base_weights,
     check_exportable,
@@ -32,6 +33,10 @@ from jlora.peft.tensors import (
 from jlora.targets import head_among
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+# Names of factors with an adapter's name in them: layer and factor, that name, the rest.
+_WITH_NAME = re.compile(
+    r"(.*\.(?:lora_[AB](?=\..*\.weight)|lora_embedding_[AB](?!\.weight)))\.([^.]+)((?:\.weight)?)"
+)
 METADATA = "jlora"  # of the safetensors file: JSON that other programs pass over
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 
@@ -95,8 +100,9 @@ def _read(file: Path) -> tuple[dict[str, np.ndarray], Fingerprint | None]:
                     f"{file} holds tensors that are no adapter's, whose names are {PREFIX}, the "
                     f"layer's and the factor's: {', '.join(map(repr, sorted(named)[:10]))}"
                 )
+            plain = _plain_names(dtypes, file)
             with np.errstate(over="ignore"):
-                tensors = {k: opened.get_tensor(k).astype(np.float32) for k in dtypes}
+                tensors = {plain[k]: opened.get_tensor(k).astype(np.float32) for k in dtypes}
             about = (opened.metadata() or {}).get(METADATA)
     except (SafetensorError, OSError, ValueError, MemoryError) as error:
         if isinstance(error, JloraError):
@@ -106,6 +112,39 @@ def _read(file: Path) -> tuple[dict[str, np.ndarray], Fingerprint | None]:
         ) from None
     check_finite(tensors, file)
     return tensors, None if about is None else _base(about, f"{file}: its metadata")
+
+
+def _plain_names(keys: Iterable[str], file: Path) -> dict[str, str]:
+    """Return tensor name -> the name without the adapter's, which a saved state_dict has in it.
+
+    "x.lora_A.default.weight" -> "x.lora_A.weight".
+
+    Raises:
+        JloraError: several adapters in one file; two tensors that would have one name.
+    """
+    plain = {key: key for key in keys}
+    found = {m[2] for key in plain if (m := _WITH_NAME.fullmatch(key))}
+    if len(found) > 1:
+        raise JloraError(
+            f"{file} holds several adapters, {', '.join(sorted(found))}: save one of them alone"
+        )
+    if found:
+        name = re.escape(found.pop())
+        rest = re.compile(
+            rf"(.*\.trainable_tokens_delta)\.{name}|(.*)\.modules_to_save\.{name}(\..+)"
+        )
+        for key in plain:
+            if match := _WITH_NAME.fullmatch(key):
+                plain[key] = f"{match[1]}{match[3]}"
+            elif match := rest.fullmatch(key):
+                plain[key] = match[1] or f"{match[2]}{match[3]}"
+    if len(set(plain.values())) < len(plain):
+        twice = sorted(k for k, p in plain.items() if p != k and p in plain)
+        raise JloraError(
+            f"{file} holds tensors with an adapter's name in theirs and the same without: "
+            f"{', '.join(twice[:5])}; save one adapter alone"
+        )
+    return plain
 
 
 def _base(text: str, where: str) -> Fingerprint | None:
@@ -173,6 +212,31 @@ def fit(
     """
     if not stored.tensors:
         return stored
+    try:
+        return _fit(stored, model, params, weights, force)
+    except UnmatchedError as error:
+        fewer = peft_config.without(stored.config, error.patterns)
+        not_for = f"the adapter in {stored.where} is not for this model: {error}"
+        if fewer == stored.config:
+            raise JloraError(not_for) from None
+        try:
+            found = fit(
+                dataclasses.replace(stored, config=fewer),
+                model, params, weights=weights, force=force,
+            )  # fmt: skip
+        except JloraError as other:
+            raise JloraError(f"{not_for}\nand without these: {other}") from None
+        warn_once(
+            f"the adapter in {stored.where} names what this model has not, and every tensor of its "
+            f"file has a place here without: {', '.join(f'{f} {p!r}' for f, p in error.patterns)}"
+        )
+        return found
+
+
+def _fit(
+    stored: StoredAdapter, model: Any, params: Any, weights: Weights | None, force: bool
+) -> StoredAdapter:
+    """Return what `fit` does where each pattern matches; see there."""
     leaves, read = base_weights(model, params)
     lora = stored.config
     try:
@@ -191,14 +255,16 @@ def fit(
         else:
             plan, _ = injection.planned(model, params, lora)
         check_exportable(plan, sites)
+    except UnmatchedError:
+        raise
     except JloraError as error:
         raise JloraError(f"the adapter in {stored.where} is not for this model: {error}") from None
     tied = tied_heads(model, sites)
     found = table(plan, sites, stacks, added=params is not None, tied=tied)
-    _check_names(stored, found)
-    _check_repeats(stored, found)
+    check_names(stored, found, sites)
+    check_repeats(stored, found)
     if not force:
-        _check_copies(stored, found, weights or read)
+        check_copies(stored, found, weights or read)
     factors = {
         entry.leaf: jnp.asarray(entry.from_torch(stored.tensors[entry.key], weights or read))
         for entry in found.entries
@@ -213,75 +279,3 @@ def modules_of(leaves: list[str]) -> list[str]:
         parts = leaf.split("/")
         found |= dict.fromkeys("/".join(parts[:n]) for n in range(1, len(parts)))
     return list(found)
-
-
-def _check_names(stored: StoredAdapter, known: Table) -> None:
-    expected = {entry.key: entry.shape for entry in known.entries}
-    twins = {entry.twin: entry.shape for entry in known.entries if entry.twin}
-    besides = {*known.copies, *known.repeats}
-    if lacking := [twin for twin in twins if twin not in stored.tensors]:
-        raise JloraError(
-            f"the adapter in {stored.where} lacks {', '.join(lacking)}: it trained the embedding "
-            "apart from the output head, which is the same weight here; train it with PEFT's "
-            "ensure_weight_tying"
-        )
-    paths.check_same(
-        expected | twins,
-        {k: tuple(t.shape) for k, t in stored.tensors.items() if k in expected or k not in besides},
-        what=f"the adapter in {stored.where}",
-        remedy="it was trained on another model, or its configuration was edited",
-    )
-
-
-def _check_repeats(stored: StoredAdapter, known: Table) -> None:
-    """Demand that what the file has twice is the same.
-
-    Raises:
-        JloraError: some differ; all are named.
-    """
-    repeats = dict(known.repeats) | {e.twin: e.key for e in known.entries if e.twin}
-    differing = [
-        again
-        for again, key in repeats.items()
-        if again in stored.tensors
-        and not np.array_equal(stored.tensors[again], stored.tensors[key])
-    ]
-    if differing:
-        raise JloraError(
-            f"the adapter in {stored.where}: {', '.join(differing[:10])} should repeat "
-            f"{', '.join(repeats[again] for again in differing[:10])}, and differ; save it again"
-        )
-
-
-def _check_copies(stored: StoredAdapter, known: Table, weights: Weights) -> None:
-    """Demand that copies of base weights are the model's.
-
-    Raises:
-        JloraError: some differ; all are named.
-    """
-    changed = []
-    for key in known.copies.keys() & stored.tensors.keys() - {e.key for e in known.entries}:
-        entry, copy = known.copies[key], stored.tensors[key]
-        weight = weights(entry.leaf)
-        if copy.shape != entry.shape or not (weight is None or _same(weight, entry, copy)):
-            changed.append(key.removeprefix(PREFIX).rpartition(".")[0].rpartition(".")[0])
-    if changed:
-        raise JloraError(
-            f"the adapter in {stored.where} comes with base weights of "
-            f"{', '.join(sorted(changed))} that are not this model's: it was trained on another "
-            "model, or resized or trained its own"
-        )
-
-
-def _same(weight: np.ndarray, entry: Entry, copy: np.ndarray) -> bool:
-    """Whether both are one weight, which either side may have rounded when it was loaded."""
-    exact = entry.to_torch(weight).astype(np.float32)
-
-    def rounded(values: np.ndarray, dtype: Any) -> np.ndarray:
-        with np.errstate(over="ignore"):
-            return values.astype(dtype).astype(np.float32)
-
-    return np.array_equal(exact, rounded(copy, weight.dtype)) or any(
-        np.array_equal(copy, rounded(copy, dtype)) and np.array_equal(copy, rounded(exact, dtype))
-        for dtype in (jnp.bfloat16, np.float16)
-    )

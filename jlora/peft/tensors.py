@@ -24,6 +24,8 @@ FACTORS = {
     "lora_embedding_B": LORA_B,
 }
 _COPY = "base_layer.weight"
+# Where PEFT's wrappers have a layer's own weight, beside the weight itself.
+_BESIDE = ("original_module", "token_adapter.base_layer")
 _TOKENS = "token_adapter.trainable_tokens_delta"
 
 Weights = Callable[[str], np.ndarray | None]
@@ -66,7 +68,8 @@ class Entry:
         """Our leaf as the file has it; `weights` where it is added to one of the base's."""
         if self.base is not None and weights is not None:
             leaf = leaf + self._replaced(weights)
-        return np.ascontiguousarray(leaf.transpose(self.axes).reshape(self.shape))
+        # ascontiguousarray would make an axis of a scalar.
+        return np.asarray(leaf.transpose(self.axes).reshape(self.shape), order="C")
 
     def from_torch(self, tensor: np.ndarray, weights: Weights) -> np.ndarray:
         """The file's tensor (float32) as we have it; the exact inverse where nothing is replaced.
@@ -94,6 +97,8 @@ class Table:
     entries: tuple[Entry, ...]
     copies: Mapping[str, Entry]
     """Name -> leaf of the base that PEFT may save along, unchanged."""
+    beside: Mapping[str, Entry]
+    """The same of layers that have no factors: embeddings and the head (save_embedding_layers)."""
     repeats: Mapping[str, str]
     """Name -> that of the tensor which PEFT then saves twice."""
 
@@ -129,6 +134,18 @@ def table(
         entries += _factors(name, target)
         weight = _weight(f"{_torch(name)}.{_COPY}", name, target.site)
         copies[weight.key] = weight
+    beside: dict[str, Entry] = {}
+    heads_of = tied or {}
+    for site in sites:
+        for name in site.names:
+            if site.weight and name not in adapted:
+                weight = _weight(f"{_torch(name)}.weight", name, site)
+                heads = [f"{PREFIX}{heads_of[name]}.weight"] if name in heads_of else []
+                infixes = [f"{_torch(name)}.{infix}.weight" for infix in _BESIDE]
+                beside |= {
+                    key: dataclasses.replace(weight, key=key)
+                    for key in (weight.key, *infixes, *heads)
+                }
     by_weight = {f"{name}/{site.weight}": site for site in sites for name in site.names}
     modules = {name for site in sites for name in site.names}
     for path, shape in plan.whole.items():
@@ -162,7 +179,9 @@ def table(
         entries.append(
             Entry(key, f"{path}/{LORA_TOKENS}", shape, (0, 1), shape, base=base, rows=rows)
         )
-    return Table(tuple(entries), copies, repeats)
+    own_keys = {entry.key for entry in entries} | {entry.twin for entry in entries}
+    beside = {key: entry for key, entry in beside.items() if key not in own_keys}
+    return Table(tuple(entries), copies, beside, repeats)
 
 
 def _factors(name: str, target: adapter.Target) -> list[Entry]:
