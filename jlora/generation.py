@@ -90,7 +90,7 @@ def generate(
     _check(prompts, max_new_tokens, temperature, top_p, batch_size)
     bank = model if isinstance(model, Bank) else None
     _check_adapters(bank, adapters, len(prompts))
-    config = (model if bank is None else bank.model).config
+    config = model.config if isinstance(model, CausalLM) else model.model.config
     longest = max(map(len, prompts), default=0) + max_new_tokens
     warn_of_length(config, longest, f"prompts and {max_new_tokens} new tokens")
     frozen = injection.partition(model) if bank is None else bank.partition()
