@@ -2,6 +2,7 @@
 
 import json
 import re
+import tempfile
 from pathlib import Path
 
 import jax
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers import Mlp
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 import jlora
 from jlora import adapters, checkpoint, injection, peft
@@ -145,3 +148,55 @@ def test_one_string_that_names_an_end_is_explained() -> None:
 def test_models_that_hold_no_adapter(model, message: str) -> None:
     with pytest.raises(JloraError, match=message):
         jlora.inject(model(), jlora.LoraConfig(), rngs=nnx.Rngs(0))
+
+
+class Leaves(nnx.Module):
+    """Parameters of any shapes."""
+
+    def __init__(self, values: dict[str, np.ndarray]):
+        for name, value in values.items():
+            setattr(self, name, nnx.Param(jnp.asarray(value)))
+
+
+class Holder(nnx.Module):
+    """One layer to adapt, and a tree that is saved whole."""
+
+    def __init__(self, values: dict[str, np.ndarray], inner: dict[str, np.ndarray]):
+        self.lin = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+        self.own = Leaves(values)
+        self.own.inner = Leaves(inner)
+
+
+shapes = st.lists(st.integers(1, 3), max_size=4).map(tuple)
+trees = st.dictionaries(st.sampled_from(["a", "scale", "weight", "temperature"]), shapes)
+
+
+@settings(deadline=None, max_examples=15)
+@given(trees, trees, st.integers(0, 2**32 - 1))
+@example({"scale": ()}, {}, 0)
+@example({"a": (1,), "weight": (1, 1)}, {"a": ()}, 1)
+@example({}, {"scale": (2,), "weight": (3,)}, 2)
+def test_any_tree_saved_whole_comes_back(outer: dict, inner: dict, seed: int) -> None:
+    if not outer and not inner:
+        return
+    rng = np.random.default_rng(seed)
+
+    def drawn(tree: dict) -> dict[str, np.ndarray]:
+        return {name: rng.normal(size=shape).astype(np.float32) for name, shape in tree.items()}
+
+    config = jlora.LoraConfig(r=1, target_modules=("lin",), modules_to_save=("own",), task_type="",
+                        init_lora_weights=False)  # fmt: skip
+    model = jlora.inject(Holder(drawn(outer), drawn(inner)), config, rngs=nnx.Rngs(1))
+    expected = jlora.partition(model)[0]
+    assert len(expected) == 2 + len(outer) + len(inner)
+    with tempfile.TemporaryDirectory() as scratch:
+        jlora.save_adapter(Path(scratch, "orbax"), model, config)
+        jlora.export_peft(Path(scratch, "peft"), model, config)
+        for form in ("orbax", "peft"):
+            fresh = Holder(drawn(outer), drawn(inner))  # of other values
+            jlora.load_adapter(Path(scratch, form), fresh, force=True)
+            got = jlora.partition(fresh)[0]
+            assert got.keys() == expected.keys()
+            for path, leaf in expected.items():
+                assert got[path].shape == leaf.shape, path
+                assert np.asarray(got[path]).tobytes() == np.asarray(leaf).tobytes(), path

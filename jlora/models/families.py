@@ -22,6 +22,8 @@ class Family(NamedTuple):
     architecture: str
     defaults: dict[str, Any]
     """What a key is where config.json leaves it out; None: what the sizes say."""
+    nulls: tuple[str, ...]
+    """Keys that may be null, for what the sizes say."""
     flags: Mapping[str, bool | str] = types.MappingProxyType({})
     """Field of ModelConfig -> its value, or the key of config.json that says it."""
     windows: Callable[[Config], list[Any] | None] = lambda config: None
@@ -50,19 +52,26 @@ FAMILIES = {
     "llama": Family(
         "LlamaForCausalLM",
         {"max_position_embeddings": 2048, "num_key_value_heads": None, "head_dim": None},
+        ("num_key_value_heads", "head_dim"),
         {"qkv_bias": "attention_bias", "o_bias": "attention_bias", "mlp_bias": "mlp_bias"},
     ),
     "mistral": Family(
         "MistralForCausalLM",
         {"max_position_embeddings": 131072, "num_key_value_heads": 8, "head_dim": None},
+        ("head_dim",),
         windows=_mistral_windows,
     ),
     "qwen2": Family(
-        "Qwen2ForCausalLM", {**_QWEN, "head_dim": None}, {"qkv_bias": True}, _qwen_windows
+        "Qwen2ForCausalLM",
+        {**_QWEN, "head_dim": None},
+        ("num_key_value_heads", "head_dim"),
+        {"qkv_bias": True},
+        _qwen_windows,
     ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
         {**_QWEN, "head_dim": 128},
+        ("num_key_value_heads",),
         {"qkv_bias": "attention_bias", "o_bias": "attention_bias", "qk_norm": True},
         _qwen_windows,
     ),
@@ -172,8 +181,7 @@ def _problems(config: Config, family: Family) -> list[str]:
     problems = []
     for key in _COUNTS:
         value = config.get(key, 1)
-        by_sizes = value is None and family.defaults.get(key, 0) is None
-        if not by_sizes and not _is_count(value):
+        if not _is_count(value) and not (value is None and key in family.nulls):
             problems.append(f"{key} {value!r} (only a positive whole number)")
     eps = config.get("rms_norm_eps", 0)
     if not rope.is_number(eps) or eps < 0:
@@ -197,6 +205,9 @@ def _problems(config: Config, family: Family) -> list[str]:
 
 def _window_problems(config: Config, family: Family) -> list[str]:
     layers, kinds = config["num_hidden_layers"], config.get("layer_types")
+    said = config.get("sliding_window")
+    if family.windows in (_mistral_windows, _qwen_windows) and type(said) not in (int, type(None)):
+        return [f"sliding_window {said!r} (only a whole number, or null)"]
     if family.windows is _qwen_windows:
         first = config.get("max_window_layers", 28)
         if not (_is_count(first) or (first == 0 and not isinstance(first, bool))):

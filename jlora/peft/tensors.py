@@ -156,7 +156,9 @@ def table(
             if leaf in by_weight:
                 entry = _weight(f"{_torch(parent)}.weight", parent, by_weight[leaf])
             else:
-                named = "weight" if name == "scale" and parent not in modules else name
+                alone = f"{path.rpartition('/')[0]}/weight" not in plan.whole  # of another leaf
+                renamed = name == "scale" and parent not in modules and alone
+                named = "weight" if renamed else name
                 infix = ".base_layer" if parent in adapted else ""
                 key = f"{_torch(parent)}{infix}.{named}" if parent else PREFIX + named
                 flat = (math.prod(own),) if parent in modules else own
