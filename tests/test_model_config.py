@@ -195,6 +195,10 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "other weights": ({"transformers_weights": "x.safetensors"}, "transformers_weights"),
     "another model type": ({"model_type": "gpt2"}, "model_type 'gpt2'"),
     "two families": ({"architectures": ["Qwen3ForCausalLM"]}, "are of two families"),
+    "a class of none": (
+        {"architectures": ["GPT2LMHeadModel"]},
+        "'GPT2LMHeadModel' is not supported",
+    ),
     "two fields at once": (
         {"hidden_act": "relu", "head_dim": -1},
         "head_dim -1.*hidden_act 'relu'",

@@ -98,9 +98,9 @@ def test_a_tokenizer_of_another_model_is_refused(model_dir: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hidden_size": "32", "head_dim": 0}, "hidden_size = '32', head_dim = 0"),
-        ({"rope_scaling": {"rope_type": "linear"}}, "'linear' lacks 'factor'"),
-        ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, "'llama3' lacks 'low_freq_factor'"),
+        ({"hidden_size": "32", "head_dim": 0}, "whole number); head_dim 0 (only"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "'linear' lacks rope_scaling.factor"),
+        ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, "lacks rope_scaling.low_freq_factor"),
         ({"architectures": "GPT2LMHeadModel"}, "architecture 'GPT2LMHeadModel' is not supported"),
     ],
 )  # fmt: skip

@@ -173,6 +173,12 @@ def _family(file: Path, config: Config) -> Family:
             f"{file}: model_type {kind!r} and architectures {named!r} are of two families; "
             "transformers goes by model_type: make both say what the weights are"
         )
+    # "LlamaModel" and "LLaMAForCausalLM" are llama's own too.
+    if architectures and not any(str(n).lower().startswith(kind) for n in architectures):
+        raise JloraError(
+            f"{file}: architecture {architectures[0]!r} is not supported, though model_type is "
+            f"{kind!r}: where the weights are of that family, say {FAMILIES[kind].architecture!r}"
+        )
     return FAMILIES[kind]
 
 
