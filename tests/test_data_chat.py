@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from jlora.data import chat
 from jlora.data.chat import (
+    ChatTokenizer,
     Example,
     answer_text,
     encode,
@@ -265,6 +266,22 @@ class TestMask:
     def test_what_a_template_adds_to_the_last_turn_is_trained(self, tokenizers: dict) -> None:
         got = trained_text(conversation("a", "b"), tokenizers["rewrites"])
         assert got == "<think></think>b<|im_end|>"
+
+    def test_an_answer_that_only_its_reasoning_has_is_missed(self, tokenizers: dict) -> None:
+        keeps_reasoning = CHATML.replace(
+            "{{ m.content }}", "{{ m.reasoning_content if m.reasoning_content else m.content }}"
+        )
+        tokenizer = ChatTokenizer(tokenizers["chatml"].base, template=keeps_reasoning)
+        asked, answer = conversation("2+2?", "4").messages
+        answer["reasoning_content"] = "2+2 is 4"
+        with pytest.raises(JloraError, match=r"does not write turn 1 .* of its content\n  '4'"):
+            encode(Record([asked, answer], ""), tokenizer, 100)
+
+    def test_tokens_in_a_row_end_a_turn_and_the_first_stops(self, tokenizers: dict) -> None:
+        twice = CHATML.replace("<|im_end|>", "<|im_end|><|eos|>")
+        tokenizer = ChatTokenizer(tokenizers["chatml"].base, template=twice)
+        assert trained_text(conversation("a", "b"), tokenizer) == "b<|im_end|><|eos|>"
+        assert tokenizer.turn_end_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
 
     def test_a_template_that_refuses_the_turns(self, tokenizers: dict) -> None:
         with pytest.raises(

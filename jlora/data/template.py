@@ -121,11 +121,7 @@ class ChatTokenizer:
 
     @cached_property
     def turn_end(self) -> str | None:
-        """The token that the template writes behind an answer, or None where it writes none."""
-        tokens = {str(token) for token in self.base.added_tokens_decoder.values()}
-        tokens.update(self.base.all_special_tokens)
-        # "(?!)" matches nowhere. Longest first, as one token may begin with another.
-        any_token = "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)"
+        """The token, or tokens in a row, that the template writes behind an answer; or None."""
         asked: list[Message] = [
             {"role": "user", "content": "a question"},
             {"role": "assistant", "content": _TRIAL},
@@ -137,14 +133,27 @@ class ChatTokenizer:
                 raise
             except JloraError:
                 continue
-            if _TRIAL in text and (found := re.search(any_token, text.rpartition(_TRIAL)[2])):
+            if _TRIAL in text and (
+                found := re.search(f"(?:{self._added})+", text.rpartition(_TRIAL)[2])
+            ):
                 return found.group()
         return None
 
     @property
     def turn_end_id(self) -> int | None:
-        """The number of `turn_end`."""
-        return None if self.turn_end is None else self.base.convert_tokens_to_ids(self.turn_end)
+        """The number of the first token of `turn_end`, at which generation stops."""
+        if self.turn_end is None:
+            return None
+        first = re.match(self._added, self.turn_end)
+        return first and self.base.convert_tokens_to_ids(first.group())
+
+    @cached_property
+    def _added(self) -> str:
+        """A pattern for any one token that is not ordinary text."""
+        tokens = {str(token) for token in self.base.added_tokens_decoder.values()}
+        tokens.update(self.base.all_special_tokens)
+        # "(?!)" matches nowhere. Longest first, as one token may begin with another.
+        return "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)"
 
     @cached_property
     def source(self) -> str:

@@ -176,9 +176,13 @@ def _check_whole(record: Record, turn: Turn, start: int, tokenizer: ChatTokenize
     """
     message = record.messages[turn.index]
     seen = _squeezed(turn.text[start : turn.end])
-    lost = [
-        (key, value) for key, value in _said(message) if not any(x in seen for x in _forms(value))
-    ]
+    lost = []
+    for key, value in _said(message):
+        form = next((form for form in _forms(value) if form in seen), None)
+        if form is None:
+            lost.append((key, value))
+        elif key != "tool_calls":
+            seen = seen.replace(form, "", 1)  # an answer may stand in its reasoning as well
     if lost:
         key, value = lost[0]
         raise JloraError(
@@ -193,8 +197,8 @@ def _check_whole(record: Record, turn: Turn, start: int, tokenizer: ChatTokenize
 
 def _said(message: Message) -> Iterator[tuple[str, str]]:
     """Yield each text of an answer that is to be trained, after its key."""
-    yield "content", message["content"]
     yield "reasoning_content", message.get("reasoning_content", "")
+    yield "content", message["content"]
     for call in message.get("tool_calls", ()):
         yield "tool_calls", call["function"]["name"]
         for value in _leaves(call["function"]["arguments"]):
