@@ -25,7 +25,7 @@ from jlora.errors import JloraError
 from jlora.injection import linen_layer, linen_plain, registry
 from jlora.injection.linen_layer import REGISTRY, Injection, within
 from jlora.injection.linen_tree import added, effective, planned
-from jlora.injection.params import flatten, is_trained, unflatten
+from jlora.injection.params import check_names, flatten, is_trained, unflatten
 
 _log = logging.getLogger("jlora")
 
@@ -161,6 +161,7 @@ def _outermost(base: type[nn.Module], name: str) -> Callable[..., Any]:
         call = functools.partial(_own_apply, self, base.apply, **_as_apply(rngs, kwargs))
         linen_plain.find(self.lora, call, variables, args)
         checked = planned(self, params)
+        check_names(params, checked.shapes)
         extra = added(checked, params) | linen_plain.factors(self.lora, checked, rngs, params)
         if not extra:
             return out, variables

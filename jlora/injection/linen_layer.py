@@ -268,7 +268,9 @@ def _factors(layer: Any, target: Target, config: LoraConfig, box: Any) -> tuple[
             if box is None or not hasattr(box, "names"):
                 return value
             own = site.contracting if name == LORA_A else site.output
-            picked = (*(box.names[i] for i in site.batch), None, *(box.names[i] for i in own))
+            # Flax lets a box name fewer axes than there are: the last ones have no name.
+            names = (*box.names, *[None] * (value.ndim + len(box.names)))
+            picked = (*(names[i] for i in site.batch), None, *(names[i] for i in own))
             return dataclasses.replace(box, value=value, names=picked)
 
         return init

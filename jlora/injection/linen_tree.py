@@ -195,7 +195,8 @@ def merge(model: Any, params: Any) -> Any:
     _demand_tree(params, "merge(module, ")
     demand_traced(model)
     flat = flatten(effective(params))
-    targets = planned(model, params).targets
+    checked = planned(model, params)
+    targets = checked.targets
     known = {target.site.leaf(name) for target in targets for name in target.shapes}
     if unknown := [p for p in flat if p.endswith(LORA_A) and p not in known]:
         raise JloraError(

@@ -1,7 +1,7 @@
 """Trees of parameters as Flax Linen has them: what in them is an adapter's."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 from flax.core import FrozenDict, meta
 
+from jlora.adapter import LORA_A, LORA_ADDED, LORA_B, LORA_TOKENS
 from jlora.errors import JloraError
 
 
@@ -23,9 +24,32 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_trained(path: str) -> bool:
-    """Whether a leaf of a tree of parameters is an adapter's, by its name."""
+    """Tell whether a leaf of a tree of parameters is an adapter's, by its name.
+
+    `init` of an injected module refuses a module whose own parameters have such names.
+    """
     name = path.rpartition("/")[2]
-    return name.startswith("lora_") or name.endswith(("_lora_a", "_lora_b"))
+    own = name in (LORA_A, LORA_B, LORA_TOKENS) or name.startswith(LORA_ADDED)
+    return own or name.endswith((f"_{LORA_A}", f"_{LORA_B}"))
+
+
+def check_names(tree: Any, known: Iterable[str]) -> None:
+    """Demand that each leaf of a module's tree that is called like an adapter's is one.
+
+    Args:
+        tree: the module's parameters.
+        known: paths of the leaves that its plan has.
+
+    Raises:
+        JloraError: the module has parameters of its own with such names.
+    """
+    known = set(known)
+    if own := [path for path in flatten(tree) if is_trained(path) and path not in known]:
+        raise JloraError(
+            f"{', '.join(own[:5])}: parameters of the module itself with names that adapters "
+            f"have ({LORA_A}, {LORA_B}, {LORA_TOKENS}, {LORA_ADDED}…, …_{LORA_A}, …_{LORA_B}), "
+            "where neither could be told from the other; rename them in the module"
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -74,7 +98,8 @@ def count(params: Any) -> tuple[int, int]:
     _demand_params(params)
     sizes = {path: meta.unbox(leaf).size for path, leaf in flatten(params).items()}
     trained = {path: size for path, size in sizes.items() if is_trained(path)}
-    biases = sum(size for path, size in trained.items() if path.endswith("/lora_added_bias"))
+    added = f"{LORA_ADDED}bias"
+    biases = sum(n for path, n in trained.items() if path.rpartition("/")[2] == added)
     return sum(trained.values()), sum(sizes.values()) - biases
 
 

@@ -7,6 +7,7 @@ formed there. Equations that no such weight reaches are bound as they are, custo
 effects included; nothing of JAX is replaced. Knows JAX and no Flax.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -46,7 +47,8 @@ def find_uses(
 
     Returns:
         path -> distinct uses, in the order met. A contraction is a Use; whatever else reads the
-        values is the name of its primitive ("gather", "mul"), or "return" where fn returns them.
+        values is the name of its primitive ("gather", "mul"), or "return" where fn returns them;
+        OWN_CALL where they went through `in_own_call`, whatever becomes of them afterwards.
     """
     found: dict[str, list[Use | str]] = {path: [] for path in weights}
 
@@ -62,6 +64,22 @@ def find_uses(
     closed, dynamic, _ = _trace(fn, weights, weights, args, kwargs)
     jax.eval_shape(evaluate, list(weights.values()), dynamic)
     return found
+
+
+OWN_CALL = "own call"
+
+
+def _jlora_own_call(weight: Array) -> Array:
+    return weight
+
+
+in_own_call = jax.jit(_jlora_own_call)
+"""Mark the value of a weight that the call of its own layer reads, for `find_uses`."""
+
+
+def direct(uses: Sequence[Use | str]) -> list[Use | str]:
+    """Pick the uses of a layer's weight that are outside of the layer's own call."""
+    return [use for use in uses if use != OWN_CALL]
 
 
 def call(
@@ -169,6 +187,8 @@ def _apply(eqn: Any, values: list[Any]) -> list[Any]:
 
 
 def _inline(eqn: Any, values: list[Any]) -> list[Any]:
+    if eqn.params.get("name") == _jlora_own_call.__name__:
+        return [full(x, OWN_CALL) for x in values][: len(eqn.outvars)]
     with jax.named_scope(str(eqn.params.get("name", eqn.primitive.name))):
         return _run(eqn.params.get("jaxpr") or eqn.params["call_jaxpr"], values)
 
@@ -305,6 +325,37 @@ def site(path: str, shape: tuple[int, ...], uses: Sequence[Use | str]) -> Site |
     )
 
 
-def update(site: Site, lora_a: Array, lora_b: Array, scaling: float) -> LowRank:
-    """The update of a site's weight by its factors."""
+def update(
+    site: Site, lora_a: Array, lora_b: Array, scaling: float | tuple[float, ...]
+) -> LowRank:
+    """Return the update of a site's weight by its factors.
+
+    Args:
+        site: the site.
+        lora_a: (*batch, r, *in).
+        lora_b: (*batch, r, *out).
+        scaling: the factor on the product, or one for each stacked layer.
+    """
+    if isinstance(scaling, tuple):
+        each = jnp.asarray(scaling, lora_a.dtype)
+        lora_a, scaling = lora_a * each.reshape(-1, *[1] * (lora_a.ndim - 1)), 1.0
     return LowRank(lora_a, lora_b, scaling, site.contracting, site.output, site.batch)
+
+
+def with_rows(
+    site: Site, of: LowRank | None, rows: Array, indices: tuple[int, ...]
+) -> LowRank:
+    """Return the update of an embedding whose rows (n, D) at `indices` have more added to them.
+
+    Args:
+        site: of the embedding.
+        of: the update by its factors, if there are any.
+        rows: what is added, (n, D).
+        indices: which rows.
+    """
+    count = site.shape[site.contracting[0]]
+    hits = (jnp.arange(count) == jnp.asarray(indices)[:, None]).astype(rows.dtype)
+    if of is None:
+        return LowRank(hits, rows, 1.0, site.contracting, site.output, site.batch)
+    a = jnp.concatenate([of.lora_a * of.scaling, hits])
+    return dataclasses.replace(of, lora_a=a, lora_b=jnp.concatenate([of.lora_b, rows]), scaling=1.0)
