@@ -16,6 +16,7 @@ from jlora.injection import (
     linen_layer,
     linen_tree,
     nnx,
+    nnx_model,
     nnx_quant,
     nnx_sites,
     nnx_tree,
@@ -70,7 +71,11 @@ def inject(
             )
         return linen.inject(model, config, training)
     checked = plan(model, config, inputs)
-    nnx.attach(model, checked.targets, config, rngs, training, checked.whole, checked.tokens)
+    head = _head(model)
+    nnx.attach(model, checked.targets, config, rngs, training, checked.whole, checked.tokens, head)
+    if inputs is not None:
+        args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
+        nnx_model.direct(model, "__call__", type(model).plain_base.__call__, args, kwargs)
     return model
 
 
@@ -141,7 +146,7 @@ def to_quantise(model: Any, config: QuantConfig) -> list[adapter.Site]:
     if nnx.adapted(model):
         raise JloraError("the model holds adapters already: quantise it first, then inject")
     found = nnx_sites.find_sites(model)
-    head = nnx_sites.output_head(model) or targets.head_among(found)
+    head = _head(model, found)
     return targets.to_quantise(config, found, head)
 
 
@@ -269,11 +274,17 @@ def plan(model: Any, config: LoraConfig, inputs: Any = None) -> targets.Plan:
     return targets.plan(
         config,
         found,
-        nnx_sites.output_head(model) or targets.head_among(found),
+        _head(model, found),
         modules=nnx_sites.modules(model),
         biases=nnx_sites.biases(model),
         shared=nnx_sites.shared_weights(model),
     )
+
+
+def _head(model: Any, found: Sequence[adapter.Site] | None = None) -> str | None:
+    """Path of the output projection of an NNX model."""
+    found = nnx_sites.find_sites(model) if found is None else found
+    return nnx_sites.output_head(model) or targets.head_among(found)
 
 
 def plan_targets(model: Any, config: LoraConfig, *args: Any, **kwargs: Any) -> targets.Plan:

@@ -129,9 +129,9 @@ def _check_alone(model: Any) -> None:
     config = model.lora.config
     leaves = flatten(model.variables.get("params", {}))
     apart = [p for p in leaves if is_trained(p) and not p.rpartition("/")[2].startswith(_BESIDE)]
-    if apart or config.bias != "none" or config.modules_to_save:
+    if apart or model.lora.direct or config.bias != "none" or config.modules_to_save:
         raise JloraError(
-            "bias, modules_to_save and weights in plain parameters need the injected module's own "
+            "bias, modules_to_save and weights that the module's own code uses need the injected module's own "
             "init and apply: inject the outermost module, and use apply rather than bind"
         )
     if model.is_initializing():
@@ -160,6 +160,7 @@ def _outermost(base: type[nn.Module], name: str) -> Callable[..., Any]:
         params = variables.get("params", {})
         call = functools.partial(_own_apply, self, base.apply, **_as_apply(rngs, kwargs))
         linen_plain.find(self.lora, call, variables, args)
+        self.lora.forms.add(linen_plain.form_of(kwargs.get("method"), args))
         checked = planned(self, params)
         check_names(params, checked.shapes)
         extra = added(checked, params) | linen_plain.factors(self.lora, checked, rngs, params)
@@ -183,7 +184,7 @@ def _outermost(base: type[nn.Module], name: str) -> Callable[..., Any]:
                 )
             variables = {**variables, "params": whole}
         call = functools.partial(_own_apply, self, own, **kwargs)
-        return linen_plain.call(self.lora, call, variables, args)
+        return linen_plain.call(self.lora, call, variables, args, kwargs.get("method"))
 
     return init if name.startswith("init") else apply
 

@@ -68,6 +68,12 @@ class Injection:
     attended: set[str] = dataclasses.field(default_factory=set)
     """Paths of embeddings whose transpose is used by their own `attend`."""
 
+    direct: set[str] = dataclasses.field(default_factory=set)
+    """Paths of layers whose weight is used outside of them too: all its uses are adapted there."""
+
+    forms: set[Any] = dataclasses.field(default_factory=set)
+    """Forms of calls, in which such uses have been looked for."""
+
     peculiar: dict[str, str] = dataclasses.field(default_factory=dict)
     """Path of each layer that could not compute with a quantised weight -> why."""
 
@@ -94,6 +100,10 @@ def _check_options(layer: Any, path: str) -> None:
 _CALLS: ContextVar[tuple] = ContextVar("calls", default=())
 
 
+# Whether calls of layers mark the weight that they read: once, for `linen_plain.find`.
+WATCHED: ContextVar[tuple] = ContextVar("watched", default=())
+
+
 @contextmanager
 def within(stack: ContextVar[tuple], entry: Any) -> Iterator[None]:
     """Have `entry` on a stack for the length of a block."""
@@ -118,6 +128,7 @@ def intercept(
     outer = next((c for c in _CALLS.get() if c["path"] == layer.path), None)
     with within(_CALLS, call):
         y = _quantised(layer, layer_type, context.orig_method, args, kwargs)
+        y = _watched(layer, layer_type, context, args, kwargs) if y is None else y
         y = following(*args, **kwargs) if y is None else y
     if outer is not None:
         outer["adapted"] = True
@@ -156,11 +167,15 @@ def intercept(
         box = weight if isinstance(weight, meta.AxisMetadata) else None
         factors = _factors(layer, target, injection.config, box)
         x, *rest = args
-        if (
-            injection.config.lora_dropout
-            and not root.lora_deterministic
-            and site.kind != "embedding"
-        ):
+        drops = injection.config.lora_dropout and not root.lora_deterministic
+        if path in injection.direct:
+            if drops:
+                raise JloraError(
+                    f"{path}: the module's own code uses the weight of this layer outside of it, "
+                    "and lora_dropout is not supported there; leave the layer out (exclude_modules)"
+                )
+            return y  # the term is that of all uses of the weight
+        if drops and site.kind != "embedding":
             x = _dropout(injection.config.lora_dropout, layer, x)
         y = y + layer_type.delta(
             layer, context.method_name, (x, *rest), kwargs, factors, target.scaling, y.dtype
@@ -168,7 +183,9 @@ def intercept(
     rows = injection.choice.config.trainable_token_indices
     if rows and site.kind == "embedding":
         indices = rows_of(rows, path)
-        if indices:
+        if indices and path in injection.direct:
+            _param(layer, LORA_TOKENS, lambda key: jnp.zeros((len(indices), shape[-1])))
+        elif indices:
             size = (len(indices), shape[-1])
             trained = _param(layer, LORA_TOKENS, lambda key: jnp.zeros(size, jnp.float32))
             y = y + registry.token_term(context.method_name, args[0], indices, trained, y)
@@ -208,6 +225,34 @@ def _quantised(
     bound = inspect.signature(own).bind(*args, **kwargs)
     bias = layer.get_variable("params", layer_type.bias) if layer_type.bias else None
     return layer_type.quantised(layer, q, meta.unbox(bias), bound.args, bound.kwargs)
+
+
+def _watched(
+    layer: Any, layer_type: LayerType, context: Any, args: Any, kwargs: Any
+) -> jax.Array | None:
+    """The layer's output, with a mark on the weight that it reads, where such uses are looked for.
+
+    It is not that of a layer around another, or of a subclass, which will call its type's.
+    """
+    weight = layer.get_variable("params", layer_type.weight)
+    known: Any = next(cls for cls in type(layer).__mro__ if REGISTRY.get(cls) is layer_type)
+    own = getattr(known, context.method_name)
+    if not WATCHED.get() or weight is None or context.orig_method.func is not own.__wrapped__:
+        return None
+    if isinstance(meta.unbox(weight), QuantArray):
+        return None
+    marked = meta.replace_boxed(weight, plain.in_own_call(meta.unbox(weight)))
+    alone = layer.clone(parent=None, name=None)
+    rngs = {name: layer.make_rng(name) for name in layer.scope.rngs}
+    given = _with(layer.variables, layer_type.weight, marked)
+    token = WATCHED.set(())
+    try:
+        y, _ = alone.apply(
+            given, *args, rngs=rngs, mutable=True, method=context.method_name, **kwargs
+        )
+    finally:
+        WATCHED.reset(token)
+    return y
 
 
 def _tells_of_quantised(layer: Any, following: Callable[..., Any]) -> Callable[..., Any]:

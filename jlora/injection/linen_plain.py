@@ -7,17 +7,20 @@ import jax
 from flax.core import meta
 
 from jlora import adapter
-from jlora.adapter import LORA_A, LORA_B
+from jlora.adapter import LORA_A, LORA_B, LORA_TOKENS
 from jlora.errors import JloraError
 from jlora.injection import plain
+from jlora.injection.linen_layer import WATCHED, within
+from jlora.injection.linen_tree import rows_of, stacked
 from jlora.injection.params import flatten, is_trained, unflatten
+from jlora.quant.array import QuantArray
 from jlora.targets import Plan
 
 
 def find(
     injection: Any, call: Callable[..., Any], variables: Mapping[str, Any], args: Sequence[Any]
 ) -> None:
-    """Add the sites of parameters that the module's call uses in its own way to those known.
+    """Add what the module's own code uses to what is known: parameters, and layers' weights.
 
     Args:
         injection: what the injected module knows of its adapters.
@@ -26,30 +29,42 @@ def find(
         args: of the call.
 
     Raises:
-        JloraError: an embedding is to be adapted that is used in more ways than its layer sees.
+        JloraError: it uses the weight of a layer that has not been met.
     """
     flat = flatten(variables.get("params", {}))
     layers = {site.weight_path: site for site in injection.sites.values() if site.weight}
     shapes = {path: meta.unbox(leaf).shape for path, leaf in flat.items()}
-    embeddings = [
+    adapted = [
         path
         for path, site in layers.items()
-        if site.kind == "embedding" and path in flat and injection.choice.takes(site, site.path)
+        if path in flat and any(f"{site.path}/{name}" in flat for name in (LORA_A, LORA_TOKENS))
     ]
+    unmet = {
+        path
+        for path, shape in shapes.items()
+        if path not in layers and len(shape) > 1 and not is_trained(path)
+        and f"{path.rpartition('/')[0]}/{LORA_A}" in flat
+        and path.rpartition("/")[0] not in injection.sites
+    }  # fmt: skip
     weights = {
-        path: meta.unbox(flat[path]) for path in [*embeddings, *candidates(injection, shapes)]
+        path: meta.unbox(flat[path])
+        for path in {*adapted, *candidates(injection, shapes), *unmet}
+        if not isinstance(meta.unbox(flat[path]), QuantArray)
     }
     if not weights:
         return
-    uses = plain.find_uses(_function(call, flat, weights), weights, variables, *args)
+    with within(WATCHED, True):
+        uses = plain.find_uses(_function(call, flat, weights), weights, variables, *args)
     for path, found in uses.items():
         if (layer := layers.get(path)) is not None:
-            ways = [use for use in found if use != "gather"]
-            if ways and layer.path not in injection.attended:
+            if plain.direct(found):
+                injection.direct.add(layer.path)
+        elif path in unmet:
+            if plain.direct(found):
                 raise JloraError(
-                    f"{layer.path}: its weight is also used outside of the layer ({ways[0]}), as a "
-                    "tied output head does, where an adapter would change nothing; leave it out "
-                    "(exclude_modules)"
+                    f"{path}: the module's own code uses this weight, whose layer has not been met "
+                    "in this process: trace all of the module first, as "
+                    "jax.eval_shape(module.init, key, inputs) does"
                 )
         elif (site := plain.site(path, weights[path].shape, found)) is not None:
             injection.sites[path] = site
@@ -103,26 +118,54 @@ def factors(injection: Any, checked: Plan, rngs: Any, params: Any) -> dict[str, 
 
 
 def call(
-    injection: Any, own: Callable[..., Any], variables: Mapping[str, Any], args: Sequence[Any]
+    injection: Any,
+    own: Callable[..., Any],
+    variables: Mapping[str, Any],
+    args: Sequence[Any],
+    method: Any = None,
 ) -> Any:
-    """The module's result, with the updates that `variables` has of plain parameters."""
+    """The module's result, with the updates of weights that its own code uses."""
     flat = flatten(variables.get("params", {}))
     adapted = {
         path.removesuffix("_" + LORA_A): path
         for path in flat
         if path.endswith("_" + LORA_A) and path.removesuffix("_" + LORA_A) in flat
     }
-    if not adapted:
-        return own(variables, *args)
     base = {path: leaf for path, leaf in flat.items() if path[:-1] + "a" not in adapted.values()}
     variables = {**variables, "params": unflatten(base)}
-    if not all(path in injection.sites for path in adapted):
+    form = form_of(method, args)
+    if form not in injection.forms or not all(path in injection.sites for path in adapted):
+        if not injection.sites:  # a tree that this process has not made: the layers are met first
+            jax.eval_shape(own, variables, *args)
         find(injection, own, variables, args)
-    weights = {path: meta.unbox(flat[path]) for path in adapted}
-    updates = {}
-    for path in adapted:
-        site = injection.sites[path]
-        target = injection.target(site)
-        a, b = (meta.unbox(flat[site.leaf(name)]) for name in (LORA_A, LORA_B))
-        updates[path] = plain.update(site, a, b, target.scaling)
+        injection.forms.add(form)
+    sites = [injection.sites[path] for path in adapted]
+    layers = [stacked_site(injection, flat, path) for path in injection.direct]
+    sites += [site for site in layers if site is not None]
+    if not sites:
+        return own(variables, *args)
+    weights, updates = {}, {}
+    for site in sites:
+        update = None
+        if site.leaf(LORA_A) in flat:
+            a, b = (meta.unbox(flat[site.leaf(name)]) for name in (LORA_A, LORA_B))
+            update = plain.update(site, a, b, injection.target(site).scaling)
+        if site.weight and site.leaf(LORA_TOKENS) in flat:
+            rows = meta.unbox(flat[site.leaf(LORA_TOKENS)])
+            indices = rows_of(injection.config.trainable_token_indices, site.path)
+            update = plain.with_rows(site, update, rows, indices)
+        weights[site.weight_path] = meta.unbox(flat[site.weight_path])
+        updates[site.weight_path] = update
     return plain.call(_function(own, flat, weights), weights, updates, variables, *args)
+
+
+def form_of(method: Any, args: Sequence[Any]) -> Any:
+    """Return what tells one form of call from another: which method, and which arguments."""
+    return str(getattr(method, "__name__", method) or "__call__"), jax.tree.structure(tuple(args))
+
+
+def stacked_site(injection: Any, flat: Mapping[str, Any], path: str) -> adapter.Site | None:
+    """Return the site of a layer as a tree has it; None where the tree has no such adapter."""
+    site = injection.sites[path]
+    held = any(site.leaf(name) in flat for name in (LORA_A, LORA_TOKENS))
+    return stacked(site, meta.unbox(flat[site.weight_path]).shape) if held else None

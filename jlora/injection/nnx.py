@@ -11,10 +11,11 @@ from jlora import adapter
 from jlora.adapter import LORA_A, LORA_B, Site, Target
 from jlora.config import LoraConfig
 from jlora.errors import JloraError
-from jlora.injection import nnx_plain, nnx_quant
+from jlora.injection import nnx_quant
 from jlora.injection.nnx_layer import LoraLayer, LoraScaling, lora_class, scaling_of, set_class
+from jlora.injection.nnx_model import PlainModel, Uses, drop_factors, model_class
 from jlora.injection.nnx_sites import check_own_call, holders, plain_sites, type_of
-from jlora.injection.nnx_tree import KEPT, modules, variables
+from jlora.injection.nnx_tree import KEPT, get, holder, modules, put, variables
 from jlora.injection.registry import float32
 from jlora.paths import join
 from jlora.quant import checks
@@ -33,6 +34,7 @@ def attach(
     training: bool,
     whole: Iterable[str],
     tokens: Mapping[str, Sequence[int]],
+    head: str | None = None,
 ) -> None:
     """Add factors to the targeted layers, in place; paths, sharing and isinstance stay.
 
@@ -44,12 +46,13 @@ def attach(
         training: whether dropout is on; `model.train()` and `model.eval()` change it.
         whole: paths of parameters that are trained as a whole.
         tokens: path of an embedding -> its rows that are trained.
+        head: path of the output projection.
 
     Raises:
         JloraError: the model holds adapters already.
     """
     inside = (module for _, module in nnx.iter_modules(model))
-    if any(isinstance(module, LoraLayer | nnx_plain.PlainModel) for module in inside):
+    if any(isinstance(module, LoraLayer | PlainModel) for module in inside):
         raise JloraError(
             "the model holds adapters already: jlora.eject(model) takes them out, "
             "jlora.load_adapter replaces their values"
@@ -83,15 +86,15 @@ def attach(
     for target in plainly:
         path, _, name = target.site.path.rpartition("/")
         factors = adapter.init_factors(key, target, config.init_lora_weights)
-        metadata = _sharding(getattr(by_path[path], name), target.site)
+        held_by = holder(model, path)
+        metadata = _sharding(get(held_by, name), target.site)
         for factor, value in factors.items():
             parameter = nnx.LoRAParam(value, **metadata[factor])
-            setattr(by_path[path], f"{name}_{factor}", parameter)
-    if plainly:
-        root: Any = model
-        root.lora_plain = tuple((target.site, target.scaling) for target in plainly)
-        base: Any = type(model)
-        set_class(model, nnx_plain.model_class(base))
+            put(held_by, f"{name}_{factor}", parameter)
+    root: Any = model
+    root.lora_uses = Uses(config, head, tuple((t.site, t.scaling) for t in plainly))
+    base: Any = type(model)
+    set_class(model, model_class(base))
     for target in targets:
         if not target.site.weight:
             continue
@@ -193,13 +196,9 @@ def eject(model: nnx.Module) -> None:
         for name in (*module.lora_attributes, "lora_attributes"):
             delattr(module, name)
         set_class(module, type(module).lora_base)
-    if isinstance(model, nnx_plain.PlainModel):
-        by_path = modules(model)
-        for site, _ in plain_sites(model):
-            path, _, name = site.path.rpartition("/")
-            for factor in (LORA_A, LORA_B):
-                delattr(by_path[path], f"{name}_{factor}")
-        delattr(model, "lora_plain")
+    if isinstance(model, PlainModel):
+        drop_factors(model)
+        delattr(model, "lora_uses")
         set_class(model, type(model).plain_base)
     for _, module in nnx.iter_modules(model):
         for name in [name for name in vars(module) if name.startswith(KEPT)]:

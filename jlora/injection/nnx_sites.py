@@ -1,7 +1,8 @@
 """Flax NNX: which weights of a model can be adapted, and what a plan needs to know of it."""
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ from flax import nnx
 
 from jlora.adapter import Site
 from jlora.errors import JloraError
-from jlora.injection import nnx_plain, registry
+from jlora.injection import nnx_plain, plain, registry
 from jlora.injection.nnx_tree import variables
 from jlora.injection.registry import Contraction, Convolution, LayerType, Lookup, general
 from jlora.paths import join
@@ -83,17 +84,49 @@ def find_sites(model: nnx.Module, inputs: Any = None) -> list[Site]:
             stack = _stack(path, shape[: site.stacked], declared)
             site = dataclasses.replace(site, stack=stack)
         sites.append(site)
-    if isinstance(model, nnx_plain.PlainModel):
+    if hasattr(model, "lora_uses"):
         sites += [site for site, _ in plain_sites(model)]
     elif inputs is not None:
-        known = {site.path for site in sites}
-        sites += nnx_plain.find_sites(model, inputs, known)
+        args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
+        uses = nnx_plain.find_uses(model, type(model).__call__, args, kwargs, watch)
+        shapes = {join(keys): leaf.shape for keys, leaf in variables(model, nnx.Param)}
+        sites += nnx_plain.sites(uses, shapes, {site.path for site in sites})
     return sites
+
+
+def watch(model: nnx.Module) -> None:
+    """Have each layer of a model mark the weight that its own call reads, for tracing; in place."""
+    for _, layer, _ in list(layers(model)):
+        base: Any = type(layer)
+        object.__setattr__(layer, "__class__", _watched(base))
+
+
+@functools.cache
+def _watched(base: Any) -> Any:
+    layer_type = registry.find(REGISTRY, base)
+    assert layer_type is not None
+
+    def watching(own: Any) -> Any:
+        @functools.wraps(own)
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            twin = object.__new__(base)  # a layer must not be changed within a trace of the model's
+            vars(twin).update(vars(self))
+            weight = getattr(self, layer_type.weight)
+            if isinstance(value := weight.get_value(), jax.Array):
+                vars(twin)[layer_type.weight] = weight.replace(plain.in_own_call(value))
+            return own(twin, *args, **kwargs)
+
+        return call
+
+    body = {name: watching(getattr(base, name)) for name in layer_type.methods}
+    kind: Any = type(base)
+    return kind(base.__name__, (base,), body | {"__module__": base.__module__})
 
 
 def plain_sites(model: Any) -> tuple[tuple[Site, float], ...]:
     """(site, scaling) of each adapted plain parameter."""
-    return getattr(model, "lora_plain", ())
+    uses = getattr(model, "lora_uses", None)
+    return () if uses is None else uses.plain
 
 
 def shared_weights(model: nnx.Module) -> dict[str, list[str]]:

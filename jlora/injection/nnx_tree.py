@@ -97,3 +97,37 @@ def variables(model: nnx.Module, kind: Any) -> list[tuple[tuple, Any]]:
 def modules(model: nnx.Module) -> dict[str, Any]:
     """Path -> module, of each."""
     return {join(path): module for path, module in nnx.iter_modules(model)}
+
+
+def holder(model: Any, path: str) -> Any:
+    """Return what holds the parameters under a path: a module, or a dictionary as of ToNNX."""
+    found = model
+    for key in path.split("/") if path else ():
+        if isinstance(found, Mapping):
+            found = found[key] if key in found else found[int(key)]
+        elif key.isdecimal() and not hasattr(found, key):
+            found = found[int(key)]
+        else:
+            found = getattr(found, key)
+    return found
+
+
+def get(held_by: Any, name: str) -> Any:
+    """Return a variable of a module or a dictionary."""
+    return held_by[name] if isinstance(held_by, Mapping) else getattr(held_by, name)
+
+
+def put(held_by: Any, name: str, variable: Any) -> None:
+    """Set a variable of a module or a dictionary."""
+    if isinstance(held_by, Mapping):
+        held_by[name] = variable  # type: ignore[index]
+    else:
+        setattr(held_by, name, variable)
+
+
+def drop(held_by: Any, name: str) -> None:
+    """Delete a variable of a module or a dictionary."""
+    if isinstance(held_by, Mapping):
+        del held_by[name]  # type: ignore[attr-defined]
+    else:
+        delattr(held_by, name)
