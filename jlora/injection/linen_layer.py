@@ -296,7 +296,12 @@ def _check_claim(layer: Any, site: Site, weight: Any, args: Any, kwargs: Any) ->
         given = _with(variables, site.weight, value)
         return alone.apply(given, *args, rngs=rngs, mutable=True, **kwargs)[0]
 
-    plain.check_claim(type(layer), site, call, meta.unbox(bare), (layer.variables, *args), kwargs)
+    given = layer.variables, *args
+    token = WATCHED.set(())
+    try:
+        plain.check_claim(type(layer), site, call, meta.unbox(bare), given, kwargs)
+    finally:
+        WATCHED.reset(token)
 
 
 def _with(variables: Any, name: str, weight: Any) -> dict[str, Any]:
@@ -314,7 +319,7 @@ def _factors(layer: Any, target: Target, config: LoraConfig, box: Any) -> tuple[
                 return value
             own = site.contracting if name == LORA_A else site.output
             # Flax lets a box name fewer axes than there are: the last ones have no name.
-            names = (*box.names, *[None] * (value.ndim + len(box.names)))
+            names = (*box.names, *[None] * len(site.shape))
             picked = (*(names[i] for i in site.batch), None, *(names[i] for i in own))
             return dataclasses.replace(box, value=value, names=picked)
 

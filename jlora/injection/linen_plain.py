@@ -136,7 +136,10 @@ def call(
     form = form_of(method, args)
     if form not in injection.forms or not all(path in injection.sites for path in adapted):
         if not injection.sites:  # a tree that this process has not made: the layers are met first
-            jax.eval_shape(own, variables, *args)
+            some = {
+                p: meta.unbox(x) for p, x in flat.items() if isinstance(meta.unbox(x), jax.Array)
+            }
+            plain.find_uses(_function(own, flat, some), some, variables, *args)
         find(injection, own, variables, args)
         injection.forms.add(form)
     sites = [injection.sites[path] for path in adapted]

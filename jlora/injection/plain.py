@@ -325,9 +325,7 @@ def site(path: str, shape: tuple[int, ...], uses: Sequence[Use | str]) -> Site |
     )
 
 
-def update(
-    site: Site, lora_a: Array, lora_b: Array, scaling: float | tuple[float, ...]
-) -> LowRank:
+def update(site: Site, lora_a: Array, lora_b: Array, scaling: float | tuple[float, ...]) -> LowRank:
     """Return the update of a site's weight by its factors.
 
     Args:
@@ -342,9 +340,7 @@ def update(
     return LowRank(lora_a, lora_b, scaling, site.contracting, site.output, site.batch)
 
 
-def with_rows(
-    site: Site, of: LowRank | None, rows: Array, indices: tuple[int, ...]
-) -> LowRank:
+def with_rows(site: Site, of: LowRank | None, rows: Array, indices: tuple[int, ...]) -> LowRank:
     """Return the update of an embedding whose rows (n, D) at `indices` have more added to them.
 
     Args:
