@@ -132,7 +132,8 @@ def _check_alone(model: Any) -> None:
     if apart or model.lora.direct or config.bias != "none" or config.modules_to_save:
         raise JloraError(
             "bias, modules_to_save and weights that the module's own code uses need the injected "
-            "module's own init and apply: inject the outermost module, and use apply rather than bind"
+            "module's own init and apply: inject the outermost module, and use apply rather than "
+            "bind"
         )
     if model.is_initializing():
         model.lora.choice.check(list(model.lora.sites.values()))

@@ -149,7 +149,7 @@ def call(
         return own(variables, *args)
     weights, updates = {}, {}
     for site in sites:
-        update = None
+        update: plain.LowRank | None = None
         if site.leaf(LORA_A) in flat:
             a, b = (meta.unbox(flat[site.leaf(name)]) for name in (LORA_A, LORA_B))
             update = plain.update(site, a, b, injection.target(site).scaling)
@@ -157,6 +157,7 @@ def call(
             rows = meta.unbox(flat[site.leaf(LORA_TOKENS)])
             indices = rows_of(injection.config.trainable_token_indices, site.path)
             update = plain.with_rows(site, update, rows, indices)
+        assert update is not None
         weights[site.weight_path] = meta.unbox(flat[site.weight_path])
         updates[site.weight_path] = update
     return plain.call(_function(own, flat, weights), weights, updates, variables, *args)

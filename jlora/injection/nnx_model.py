@@ -55,7 +55,8 @@ def _bare(copy: Any) -> None:
     if isinstance(copy, PlainModel):
         drop_factors(copy)
         delattr(copy, "lora_uses")
-        set_class(copy, type(copy).plain_base)
+        base = type(copy).plain_base
+        object.__setattr__(copy, "__class__", base)
 
 
 def drop_factors(model: Any) -> None:
@@ -104,7 +105,7 @@ def direct(
 
 
 def _tell(model: Any, uses: Uses, found: Any, adapted: Mapping[str, str], known: set[str]) -> None:
-    weights = adapted | {site.path: site.path for site, _ in uses.plain}
+    weights = dict(adapted) | {site.path: site.path for site, _ in uses.plain}
     for path, weight in weights.items():
         if weight in found and not found[weight]:
             _say(uses, path, (

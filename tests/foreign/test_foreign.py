@@ -149,9 +149,12 @@ def test_the_wrapper_is_refused():
         jlora.inject(FlaxLlamaForCausalLM(config, seed=0), LORA)
 
 
-def test_a_tied_embedding_is_refused():
-    with pytest.raises(jlora.JloraError, match="wte: its weight is also used outside"):
-        injected_linen("flax_gpt2", jlora.LoraConfig(target_modules=("wte",)))
+def test_a_tied_embedding_is_adapted_in_both_its_uses():
+    config = jlora.LoraConfig(r=4, lora_alpha=8, target_modules=("wte",), init_lora_weights=False)
+    module, params, injected, tree, call = injected_linen("flax_gpt2", config)
+    adapted, merged = call(injected, tree, TOKENS), jlora.merge(injected, tree)
+    assert np.abs(adapted - call(module, params, TOKENS)).max() > 0.01
+    assert_close(call(module, merged, TOKENS), adapted)
 
 
 def test_exported_for_peft():
