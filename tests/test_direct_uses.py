@@ -2,6 +2,7 @@
 
 import dataclasses
 import warnings
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -116,6 +117,24 @@ def test_linen_merge_equals_the_call() -> None:
     assert all(np.abs(grad).max() > 0 for grad in grads.values())
 
 
+def test_a_table_given_to_another_layer_as_its_kernel(tmp_path: Path) -> None:
+    class Tied(nn.Module):
+        def setup(self) -> None:
+            self.emb, self.head = nn.Embed(7, 8), nn.Dense(7, use_bias=False)
+
+        def __call__(self, ids: jax.Array) -> jax.Array:
+            h = self.emb(ids)
+            kernel = self.emb.variables["params"]["embedding"].T
+            return self.head.apply({"params": {"kernel": kernel}}, h)
+
+    module = jlora.inject(Tied(), jlora.LoraConfig(target_modules=("emb",), **RANDOM))
+    params = module.init(jax.random.key(0), IDS)["params"]
+    got, merged = module.apply({"params": params}, IDS), jlora.merge(module, params)
+    assert_close(got, Tied().apply({"params": merged}, IDS))
+    with pytest.raises(JloraError, match=r"the model's own code multiplies"):
+        jlora.export_peft(tmp_path, module, module.lora.config, params=params)
+
+
 def test_trained_rows_of_a_table_that_the_model_indexes() -> None:
     model = Holder(nnx.Rngs(0))
     config = jlora.LoraConfig(target_modules=("down",), trainable_token_indices=(1, 6), r=2)
@@ -124,6 +143,13 @@ def test_trained_rows_of_a_table_that_the_model_indexes() -> None:
     model.emb.lora_tokens[...] = jnp.ones((2, 8))
     assert np.abs(model(IDS) - before).max() > 0.1
     assert_close(model(IDS), jlora.merge(model)(IDS))
+
+
+def test_a_table_that_the_model_multiplies_is_none_of_peft(tmp_path: Path) -> None:
+    config = jlora.LoraConfig(target_modules=("emb",), **RANDOM)
+    model = jlora.inject(Holder(nnx.Rngs(0)), config, rngs=nnx.Rngs(1), inputs=(IDS,))
+    with pytest.raises(JloraError, match=r"emb: .*the model's own code multiplies"):
+        jlora.export_peft(tmp_path, model, config)
 
 
 def test_dropout_where_the_models_code_reads_the_weight_is_refused() -> None:

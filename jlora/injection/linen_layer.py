@@ -128,7 +128,8 @@ def intercept(
     outer = next((c for c in _CALLS.get() if c["path"] == layer.path), None)
     with within(_CALLS, call):
         y = _quantised(layer, layer_type, context.orig_method, args, kwargs)
-        y = _watched(layer, layer_type, context, args, kwargs) if y is None else y
+        if y is None and _is_in(root, layer):
+            y = _watched(layer, layer_type, context, args, kwargs)
         y = following(*args, **kwargs) if y is None else y
     if outer is not None:
         outer["adapted"] = True
@@ -148,8 +149,8 @@ def intercept(
         bound = inspect.signature(context.orig_method).bind(**kwargs)
         args, kwargs = bound.args, bound.kwargs
     injection: Injection = root.lora
-    if layer.path[: len(root.path)] != root.path or layer.path == root.path:
-        return y  # a module that runs another by `apply` of its own: not in this one's tree
+    if not _is_in(root, layer):
+        return y
     path = "/".join(layer.path[len(root.path) :])
     shape = meta.unbox(weight).shape
     site = layer_type.site(layer, path, shape, *args, **kwargs)
@@ -157,6 +158,8 @@ def intercept(
         _check_claim(layer, site, weight, args, kwargs)
     else:
         injection.note_options(layer, path)
+    if path in injection.direct:
+        site = dataclasses.replace(site, peculiar=injection.sites[path].peculiar)
     injection.sites[path] = site
     if layer_type.bias:
         injection.biases[path] = layer_type.bias
@@ -190,6 +193,11 @@ def intercept(
             trained = _param(layer, LORA_TOKENS, lambda key: jnp.zeros(size, jnp.float32))
             y = y + registry.token_term(context.method_name, args[0], indices, trained, y)
     return y
+
+
+def _is_in(root: Any, layer: Any) -> bool:
+    """Tell whether a layer is in a module's tree: not if that runs it by `apply` of its own."""
+    return layer.path[: len(root.path)] == root.path and layer.path != root.path
 
 
 def _quantised(

@@ -1,5 +1,6 @@
 """Linen modules that use weights in plain parameters: found by tracing, updated in use."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -59,6 +60,8 @@ def find(
         if (layer := layers.get(path)) is not None:
             if plain.direct(found):
                 injection.direct.add(layer.path)
+                peculiar = layer.peculiar or plain.tied(layer, found)
+                injection.sites[layer.path] = dataclasses.replace(layer, peculiar=peculiar)
         elif path in unmet:
             if plain.direct(found):
                 raise JloraError(

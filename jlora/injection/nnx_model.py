@@ -30,6 +30,8 @@ class Uses:
     """(site, scaling) of each adapted plain parameter."""
     known: dict[Any, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     """Form of a call -> paths of the adapted layers whose weight it uses outside of them."""
+    peculiar: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Path of an adapted layer -> why PEFT's update of it is another."""
     said: set[str] = dataclasses.field(default_factory=set)
 
     # Models that are adapted alike are one to jit.
@@ -99,6 +101,10 @@ def direct(
         uses.known[key] = tuple(
             path for path, weight in adapted.items() if plain.direct(found.get(weight, ()))
         )
+        for path in uses.known[key]:
+            site = nnx_sites.site_of(layers[path], path)
+            if reason := plain.tied(site, found[adapted[path]]):
+                uses.peculiar[path] = reason
         if name == "__call__" and found:
             _tell(model, uses, found, adapted, set(layers))
     return uses.known[key]
@@ -217,8 +223,7 @@ def _layer_update(layer: Any, path: str) -> tuple[str, plain.LowRank]:
         JloraError: the layer's dropout is on, or its rows have adapters of their own: of uses
             outside of the layer neither is known.
     """
-    layer_type = nnx_sites.type_of(layer)
-    site = layer_type.site(layer, path, getattr(layer, layer_type.weight).shape)
+    site = nnx_sites.site_of(layer, path)
     what = ""
     if layer.lora_rows:
         what = "an adapter for each row of a batch is not supported there"

@@ -85,6 +85,11 @@ def find_sites(model: nnx.Module, inputs: Any = None) -> list[Site]:
             site = dataclasses.replace(site, stack=stack)
         sites.append(site)
     if hasattr(model, "lora_uses"):
+        reasons = model.lora_uses.peculiar
+        sites = [
+            dataclasses.replace(site, peculiar=site.peculiar or reasons.get(site.path, ""))
+            for site in sites
+        ]
         sites += [site for site, _ in plain_sites(model)]
     elif inputs is not None:
         args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
@@ -92,6 +97,12 @@ def find_sites(model: nnx.Module, inputs: Any = None) -> list[Site]:
         shapes = {join(keys): leaf.shape for keys, leaf in variables(model, nnx.Param)}
         sites += nnx_plain.sites(uses, shapes, {site.path for site in sites})
     return sites
+
+
+def site_of(layer: Any, path: str) -> Site:
+    """Return the site of a layer."""
+    layer_type = type_of(layer)
+    return layer_type.site(layer, path, getattr(layer, layer_type.weight).shape)
 
 
 def watch(model: nnx.Module) -> None:

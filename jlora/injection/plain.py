@@ -82,6 +82,18 @@ def direct(uses: Sequence[Use | str]) -> list[Use | str]:
     return [use for use in uses if use != OWN_CALL]
 
 
+def tied(site: Site, uses: Sequence[Use | str]) -> str:
+    """Say why PEFT's update of a layer is another, given the uses of its weight; "" if it is not.
+
+    PEFT adapts an embedding's look-ups alone.
+    """
+    if site.kind != "embedding" or set(direct(uses)) <= {"gather"}:
+        return ""
+    return (
+        "an embedding whose table the model's own code multiplies too, which PEFT leaves as it is"
+    )
+
+
 def call(
     fn: Callable[..., Any],
     weights: Mapping[str, Array],
