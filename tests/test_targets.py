@@ -175,8 +175,8 @@ def test_every_pattern_that_matches_nothing_is_named_with_its_nearest() -> None:
         "  target_modules: 'self_attn.k_proj'; nearest: self_attn.",
         r"  exclude_modules: '.*\\.up'; nearest: ",
         "  rank_pattern: 'vv_proj'; nearest: v_proj",
-        "  alpha_pattern: '(.*\\\\.)?(()$' is no regular expression: ",
         "  layers_to_transform: no layer 12; there are 0 to 11",
+        "  alpha_pattern: '(.*\\\\.)?(()$' is no regular expression: ",
     ]
     assert len(lines) == 1 + len(starts)
     for line, start in zip(lines[1:], starts, strict=True):

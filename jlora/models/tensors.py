@@ -31,6 +31,7 @@ INDEX = "model.safetensors.index.json"
 class _Place(NamedTuple):
     """Where a tensor lies."""
 
+    name: str
     file: Path
     start: int
     dtype: str
@@ -147,7 +148,7 @@ class Tensors:
 def _dtype(place: _Place) -> str:
     if place.dtype not in DTYPES:
         raise JloraError(
-            f"{place.file}: a tensor is {place.dtype}, and only {', '.join(DTYPES)} are read"
+            f"{place.file}: {place.name} is {place.dtype}, and only {', '.join(DTYPES)} are read"
         )
     return DTYPES[place.dtype]
 
@@ -240,4 +241,4 @@ def _places(file: Path) -> Iterator[tuple[str, _Place]]:
     for name, about in header.items():
         if name != "__metadata__":
             start, _ = about["data_offsets"]
-            yield name, _Place(file, 8 + size + start, about["dtype"], tuple(about["shape"]))
+            yield name, _Place(name, file, 8 + size + start, about["dtype"], tuple(about["shape"]))
