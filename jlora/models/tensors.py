@@ -99,8 +99,8 @@ class Tensors:
 
     def view(self, name: str) -> np.ndarray:
         """A tensor of which values are read as they are looked at, for where few are."""
-        file, start, _, shape = self._of[name]
-        return np.memmap(file, jnp.dtype(self.dtype(name)), "r", start, shape)
+        place = self._of[name]
+        return np.memmap(place.file, jnp.dtype(self.dtype(name)), "r", place.start, place.shape)
 
     def size(self) -> int:
         """Return how many bytes the files have."""
