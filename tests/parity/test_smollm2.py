@@ -236,8 +236,8 @@ def test_chat_template(smollm2, theirs, theirs_with_digits):
         assert ours.apply_chat_template(messages, tokenize=False) == text
         assert messages[-1]["content"] in text
         tokens = theirs_with_digits(text)["input_ids"]
-        example = chat.encode(Record(messages, where="here"), ours, max_length=4096)
-        assert example.tokens.tolist() == tokens
+        (row,) = chat.encode(Record(messages, where="here"), ours, max_length=4096)
+        assert row.tokens.tolist() == tokens
         prompt = theirs.apply_chat_template(
             messages[:-1], tokenize=False, add_generation_prompt=True
         )
