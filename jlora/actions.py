@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jlora import commands, config, conversion
+from jlora import commands, config, conversion, hub
 from jlora.errors import JloraError
-from jlora.files import read_template, read_template_of
 
 
 def fetch(settings: commands.FetchConfig) -> None:
@@ -49,6 +48,7 @@ def evaluate(settings: commands.EvaluateConfig) -> None:
     from jlora.train import measure
 
     split = None if Path(settings.data).is_file() else "test"
+    settings = dataclasses.replace(settings, model=hub.find(settings.model).directory)
     records = source.load_records(settings.data, split, ignore=settings.ignore)[: settings.rows]
     labels = settings.labels or source.read_labels(settings.data)
     paths = [] if settings.adapter is None else [settings.adapter]
@@ -60,18 +60,22 @@ def evaluate(settings: commands.EvaluateConfig) -> None:
     warn_of_length(model.config, max(len(row.tokens) for row in examples), "rows to evaluate")
     records = [record for record in records if record.trained]  # others have no answer to compare
     batches = measure.evaluation_batches(examples, settings.batch_size)
-    answers = evaluate.answers(
-        model,
-        tokenizer,
-        records,
-        labels=labels or None,
-        stop_ids=stop_ids(settings.model, tokenizer),
-        batch_size=settings.batch_size,
-    )
+    with measure.progress(len(records)) as done:
+        answers = evaluate.answers(
+            model,
+            tokenizer,
+            records,
+            labels=labels or None,
+            stop_ids=stop_ids(settings.model, tokenizer),
+            batch_size=settings.batch_size,
+            done=done,
+        )
+    with measure.progress(len(examples)) as done:
+        loss = measure.mean_loss(*injection.partition(model), batches, done=done)
     result = {
         "rows": answers.rows,
         "rows_without_answer": encoded.dropped,
-        "loss": measure.mean_loss(*injection.partition(model), batches),
+        "loss": loss,
         "exact_match": answers.exact,
         "label_accuracy": answers.label,
     }
@@ -84,6 +88,7 @@ def generate(settings: commands.GenerateConfig) -> None:
     from jlora.data import chat
     from jlora.generation import generate, stop_ids
 
+    settings = dataclasses.replace(settings, model=hub.find(settings.model).directory)
     paths = prompts.named(itertools.chain(*settings.adapter))
     asked = (
         prompts.read(settings.prompts, list(paths))
@@ -113,8 +118,9 @@ def quantize(settings: commands.QuantizeConfig) -> None:
     from jlora.models import load
     from jlora.models.tensors import Tensors
 
-    load.quantize(settings.model, settings.to, settings.quant)
-    before, after = (Tensors(path).size() for path in (settings.model, settings.to))
+    model = hub.find(settings.model).directory
+    load.quantize(model, settings.to, settings.quant)
+    before, after = (Tensors(path).size() for path in (model, settings.to))
     print(
         f"wrote {settings.to}: weights of {after / 1e9:.3g} GB, where they were {before / 1e9:.3g}"
     )
@@ -130,14 +136,22 @@ def export(settings: commands.ExportConfig) -> None:
     if (settings.to / peft.CONFIG_FILE).exists():
         raise JloraError(f"{settings.to} holds an adapter already; choose another --to")
     stored = adapters.read_newest_checkpoint(settings.run)
-    base = conversion.read_toml(Run(settings.run).config_file)["model"]
-    model, weights = load.abstract(base), load.weights_of(base)
-    adapters.check_base(stored, fingerprint.of_directory(Path(base), model), force=settings.force)
+    base = Run(settings.run).find_model(settings.model)
+    model, weights = load.abstract(base.directory), load.weights_of(base.directory)
+    known = fingerprint.of_directory(base.directory, model)
+    adapters.check_base(stored, known, force=settings.force)
     said = f"wrote {settings.to} from {stored.where}"
     if settings.target == "vllm":
         rank = vllm.max_lora_rank(stored.config, injection.plan(model, stored.config))
         said += f"; its server needs --max-lora-rank {rank} (the default is {vllm.DEFAULT_RANK})"
-    peft.write_peft(settings.to, model, stored, base_model=base, weights=weights)
+    peft.write_peft(
+        settings.to,
+        model,
+        stored,
+        base_model=base.name,
+        base_revision=base.commit,
+        weights=weights,
+    )
     print(said)
 
 
@@ -146,9 +160,10 @@ def import_adapter(settings: commands.ImportConfig) -> None:
     from jlora import adapters, fingerprint, peft
     from jlora.models import load
 
-    model, weights = load.abstract(settings.model), load.weights_of(settings.model)
+    directory = hub.find(settings.model).directory
+    model, weights = load.abstract(directory), load.weights_of(directory)
     stored = peft.read_peft(settings.adapter)
-    base = fingerprint.of_directory(settings.model, model)
+    base = fingerprint.of_directory(directory, model)
     adapters.check_base(stored, base, force=settings.force)
     stored = peft.fit(stored, model, weights=weights, force=settings.force)
     dataclasses.replace(stored, base=base).save(settings.to)
@@ -164,12 +179,19 @@ def combine(settings: commands.CombineConfig) -> None:
         raise JloraError(f"{settings.to} exists already; choose another --to")
     options = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
     to, model = options.pop("to"), options.pop("model")
+    found = None if model is None else hub.find(model, weights=False)
     stored = combination.combine_adapters(**options)
-    if model is None:
+    if found is None:
         stored.save(to)
     else:
-        base = str(model.parent if model.is_file() else model)
-        peft.write_peft(to, load.abstract(model), stored, base_model=base)
+        base = str(model.parent) if model.is_file() else found.name
+        peft.write_peft(
+            to,
+            load.abstract(found.directory),
+            stored,
+            base_model=base,
+            base_revision=found.commit,
+        )
     print(f"wrote {to}")
 
 
@@ -186,6 +208,7 @@ def merge(settings: commands.MergeConfig) -> None:
     """Write a model directory with the adapter in its weights, and say what rounding cost."""
     from jlora import merging
 
+    settings = dataclasses.replace(settings, model=hub.find(settings.model).directory)
     print(merging.merge(settings, quant=_quant_of(settings.model, [settings.adapter])))
     print(f"wrote {settings.to}")
 
@@ -202,7 +225,7 @@ def inspect(settings: commands.InspectConfig) -> None:
 
     given = settings.model or settings.model_config
     assert given is not None  # the settings see to it
-    model = load.abstract(given)
+    model = load.abstract(hub.find(given, weights=False).directory if settings.model else given)
     plan = injection.plan(model, settings.lora)
     print(plan if settings.all_layers else plan.compact())
     _, base = injection.count(model)
@@ -231,6 +254,8 @@ def _template_of(given: Path | None, adapters: Sequence[Path]) -> tuple[str | No
     Raises:
         JloraError: adapters that were trained with different ones, and none that was given.
     """
+    from jlora.files import read_template, read_template_of
+
     if given is not None:
         return read_template(given), str(given)
     found = {adapter: read_template_of(adapter) for adapter in adapters}

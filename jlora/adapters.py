@@ -15,6 +15,7 @@ from jlora.errors import JloraError
 from jlora.files import read_template_of
 from jlora.fingerprint import Fingerprint
 from jlora.norms import delta_norms, distance
+from jlora.places import place, reaching, url_of
 from jlora.quant import checks
 from jlora.quant.array import QuantArray
 from jlora.targets import Plan
@@ -36,8 +37,8 @@ def load_adapter(
     The norm of what it adds to the weights is logged, by the logger "jlora" at INFO.
 
     Args:
-        path: a run of `jlora train`, what `save_adapter` wrote, or a PEFT directory; or what
-            `combine_adapters` returned.
+        path: a run of `jlora train`, what `save_adapter` wrote (there or in a bucket, gs:// or
+            s3://), or a PEFT directory; or what `combine_adapters` returned.
         model: the base model, or one that was injected alike; of Linen, the injected module, for
             what was saved of one.
         params: the Linen module's tree of parameters.
@@ -76,13 +77,19 @@ def read(path: str | Path | StoredAdapter) -> StoredAdapter:
     """
     if isinstance(path, StoredAdapter):
         return path
-    path = Path(path)
+    if url_of(path) is None:
+        return _read(Path(path))
+    with reaching(path):
+        return _read(place(path))
+
+
+def _read(path: Any) -> StoredAdapter:
     if not path.exists():
         raise JloraError(f"{path} does not exist; give a run, an Orbax adapter or a PEFT directory")
     if checkpoint.is_adapter(path):
         return checkpoint.read_adapter(path)
     for own in (path, path / "adapter"):  # that of a finished run
-        if (own / peft.CONFIG_FILE).is_file():
+        if isinstance(own, Path) and (own / peft.CONFIG_FILE).is_file():
             return peft.read_peft(own)
     if (path / "model" / "config.json").is_file():
         raise JloraError(f"{path} trained all weights and has no adapter: use --model {path}/model")
@@ -109,7 +116,7 @@ def read_newest_checkpoint(run: Path) -> StoredAdapter:
     return dataclasses.replace(stored, chat_template=read_template_of(run))
 
 
-def _checkpoints(run: Path) -> list[Path]:
+def _checkpoints(run: Any) -> list[Any]:
     steps = run.glob("checkpoints/*")
     return [step for step in steps if step.name.isdigit() and checkpoint.is_adapter(step)]
 

@@ -21,6 +21,7 @@ from jlora import canonical, config, conversion, fingerprint, injection, paths, 
 from jlora.errors import JloraError
 from jlora.files import TEMPLATE_FILE, read_template_of, write_text
 from jlora.fingerprint import Fingerprint
+from jlora.places import place, reaching
 
 SCHEMA_VERSION = 1
 
@@ -50,20 +51,24 @@ class StoredAdapter:
         """Write the adapter, as `save_adapter` does one of a model, to the new directory `path`.
 
         Raises:
-            JloraError: `path` exists.
+            JloraError: `path` exists, or is in a bucket out of reach.
         """
-        path = Path(path).absolute()
-        demand_new(path)
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        to = place(path)
+        demand_new(to)
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer, reaching(to):
             checkpointer.save(
-                path,
+                to,
                 args=ocp.args.Composite(
                     adapters=ocp.args.StandardSave(self.factors),
                     meta=ocp.args.JsonSave(lora_meta(self.config, self.base)),
                 ),
             )
         if self.chat_template is not None:
-            write_text(path / TEMPLATE_FILE, self.chat_template)
+            template = to / TEMPLATE_FILE
+            if isinstance(template, Path):
+                write_text(template, self.chat_template)
+            else:  # a bucket's files appear whole
+                template.write_text(self.chat_template)
 
 
 def save_adapter(
@@ -72,7 +77,7 @@ def save_adapter(
     """Write the adapters of `model`, and nothing of its base, to the new directory `path`.
 
     Args:
-        path: appears whole or not at all.
+        path: appears whole or not at all; a local path, or a URL that begins with gs:// or s3://.
         model: a model that `inject` has been given; of Linen, the injected module.
         config: the configuration that it was given.
         params: the Linen module's tree of parameters.
@@ -80,18 +85,19 @@ def save_adapter(
     Raises:
         JloraError: `path` exists; the model holds no adapters, or others than `config` says.
     """
-    demand_new(Path(path))  # before the work
+    demand_new(place(path))  # before the work
     gather(model, config, params).save(path)
 
 
-def demand_new(path: Path) -> None:
-    """Demand that nothing is at `path`.
+def demand_new(path: Any) -> None:
+    """Demand that nothing is at `path`, a `jlora.places.place`.
 
     Raises:
         JloraError: something is.
     """
-    if path.exists():
-        raise JloraError(f"{path} exists already; save to a new directory")
+    with reaching(path):
+        if path.exists():
+            raise JloraError(f"{path} exists already; save to a new directory")
 
 
 def gather(model: Any, config: config.LoraConfig, params: Any = None) -> StoredAdapter:
@@ -133,7 +139,7 @@ def lora_meta(lora: config.LoraConfig, base: Fingerprint | None) -> dict[str, An
     return meta if base is None else meta | {"base": fingerprint.to_json(base)}
 
 
-def is_adapter(path: Path) -> bool:
+def is_adapter(path: Any) -> bool:
     """Whether `path` is one checkpoint: of an adapter, or one step of a run."""
     return (path / "adapters").is_dir() and (path / "meta").is_dir()
 
@@ -144,26 +150,26 @@ def read_adapter(path: str | Path) -> StoredAdapter:
     Raises:
         JloraError: no such checkpoint; another schema version; a run of full fine-tuning.
     """
-    path = Path(path).absolute()
-    if not is_adapter(path):
-        raise JloraError(f"{path} is no adapter checkpoint: it lacks adapters/ and meta/")
+    at = place(path)
+    if not is_adapter(at):
+        raise JloraError(f"{at} is no adapter checkpoint: it lacks adapters/ and meta/")
     handler = ocp.CompositeCheckpointHandler()
-    with ocp.Checkpointer(handler) as checkpointer, damage_named(path):
+    with ocp.Checkpointer(handler) as checkpointer, damage_named(at):
         read = checkpointer.restore(
-            path,
+            at,
             args=ocp.args.Composite(adapters=restore_here(), meta=ocp.args.JsonRestore()),
         )
-        check_schema(read.meta, path)
+        check_schema(read.meta, at)
         if read.meta["method"] == "full":
-            raise JloraError(f"{path} holds all weights of a model, not an adapter")
+            raise JloraError(f"{at} holds all weights of a model, not an adapter")
         lora = read.meta["lora"]
-    check_finite(read.adapters, path)
+    check_finite(read.adapters, at)
     return StoredAdapter(
-        config=conversion.from_dict(config.LoraConfig, lora, where=f"{path}/meta"),
+        config=conversion.from_dict(config.LoraConfig, lora, where=f"{at}/meta"),
         factors=read.adapters,
-        where=str(path),
-        base=base_of(read.meta, path),
-        chat_template=read_template_of(path),
+        where=str(at),
+        base=base_of(read.meta, at),
+        chat_template=read_template_of(at),
     )
 
 

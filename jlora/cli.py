@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from jlora import places
 from jlora.errors import JloraError, nearest
 
 USAGE = """\
@@ -43,6 +44,10 @@ usage: jlora COMMAND [flags]        jlora COMMAND --help lists a command's flags
 
 NAMES = tuple(dict.fromkeys(re.findall("^  ([a-z]+) ", USAGE, re.MULTILINE)))
 """The commands, as `USAGE` lists them."""
+
+
+_RESUME = ("True", "False", "auto")
+"""What may follow --resume; by itself it is True."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -97,15 +102,18 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
     cls, action = actions.COMMANDS[name]
     arguments, file = _take_config(list(arguments), name)
     default = _defaults(cls, file) if file else None
-    return tyro.cli(
+    settings: Any = tyro.cli(
         cls, prog=f"jlora {name}", description=action.__doc__, args=arguments, default=default
     )
+    places.check(settings)
+    return settings
 
 
 def _take_config(arguments: list[str], name: str) -> tuple[list[str], Path | None]:
     """The arguments without --config FILE, and the file."""
     if name != "train":
         return arguments, None
+    arguments = _resume_spelled(arguments)
     for i, argument in enumerate(arguments):
         flag, equals, value = argument.partition("=")
         if flag == "--config":
@@ -113,15 +121,34 @@ def _take_config(arguments: list[str], name: str) -> tuple[list[str], Path | Non
             value = value or "".join(arguments[i + 1 : i + 2])
             if not value:
                 raise JloraError("--config needs a TOML file")
-            return arguments[:i] + rest, Path(value)
+            return arguments[:i] + rest, places.local(value, "--config")
     outputs = [b for a, b in itertools.pairwise(arguments) if a == "--output"]
     outputs += [a.partition("=")[2] for a in arguments if a.startswith("--output=")]
-    if "--resume" in arguments and outputs:
-        file = Path(outputs[-1], "config.toml")
-        if not file.is_file():
-            raise JloraError(f"--resume: {file.parent} holds no run (config.toml is absent)")
-        return arguments, file
+    resume = [b for a, b in itertools.pairwise(arguments) if a == "--resume"]
+    if outputs and resume and resume[-1] != "False":
+        file = places.local(outputs[-1], "--output") / "config.toml"
+        if file.is_file():
+            return arguments, file
+        if resume[-1] == "True":
+            raise JloraError(
+                f"--resume: {file.parent} holds no run (config.toml is absent); --resume auto "
+                "starts one where there is none"
+            )
     return arguments, None
+
+
+def _resume_spelled(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments with a value after each --resume, as tyro needs it: True by itself."""
+    spelled = []
+    for argument, following in itertools.zip_longest(arguments, arguments[1:]):
+        flag, equals, value = argument.partition("=")
+        if flag != "--resume":
+            spelled.append(argument)
+        elif equals:
+            spelled += [flag, value]
+        else:
+            spelled += [flag] if following in _RESUME else [flag, "True"]
+    return spelled
 
 
 def _defaults(cls: type, file: Path) -> Any:

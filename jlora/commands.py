@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from tyro.conf import Positional, UseAppendAction
 
@@ -35,8 +35,10 @@ class ConvertConfig(Strict):
 class EvaluateConfig(Strict):
     """Measure a model, with or without an adapter, on chat records; prints JSON."""
 
+    in_buckets: ClassVar = ("adapter",)
+
     model: Path
-    """Hugging Face model directory."""
+    """Hugging Face model directory, or a name on its hub: org/name or org/name@revision."""
     data: str
     """JSON, JSONL or Parquet file, a directory with a test split, or a hub name."""
     adapter: Path | None = None
@@ -66,8 +68,10 @@ class EvaluateConfig(Strict):
 class GenerateConfig(Strict):
     """Answer prompts."""
 
+    in_buckets: ClassVar = ("adapter",)
+
     model: Path
-    """Hugging Face model directory."""
+    """Hugging Face model directory, or a name on its hub: org/name or org/name@revision."""
     prompt: tuple[str, ...] = ()
     """One user turn each."""
     prompts: Path | None = None
@@ -111,6 +115,8 @@ class ExportConfig(Strict):
     """Directory of the run."""
     to: Path
     """Directory to write; must not hold an adapter yet."""
+    model: Path | None = None
+    """Where the model that the run trained on is now; None: where it was then."""
     target: Literal["peft", "vllm"] = "peft"
     """Who is to read it. vllm: refuse what its server would not load or would compute otherwise,
     and say which --max-lora-rank it needs."""
@@ -122,8 +128,10 @@ class ExportConfig(Strict):
 class ImportConfig(Strict):
     """Check a PEFT adapter against a model, and write it as an adapter checkpoint."""
 
+    in_buckets: ClassVar = ("to",)
+
     model: Path
-    """Hugging Face model directory."""
+    """Hugging Face model directory, or a name on its hub: org/name or org/name@revision."""
     adapter: Path
     """PEFT directory, or one with a single adapter in a subdirectory."""
     to: Path
@@ -136,8 +144,10 @@ class ImportConfig(Strict):
 class MergeConfig(Strict):
     """Write a model directory with an adapter merged into its weights."""
 
+    in_buckets: ClassVar = ("adapter",)
+
     model: Path
-    """Hugging Face model directory: the base."""
+    """The base: a Hugging Face model directory, or a name on its hub, org/name[@revision]."""
     adapter: Path
     """A run, an Orbax adapter or a PEFT directory."""
     to: Path
@@ -164,6 +174,8 @@ class MergeConfig(Strict):
 class CombineConfig(Strict):
     """Make one adapter of several; which ways there are, `jlora.combine_adapters` says."""
 
+    in_buckets: ClassVar = ("adapters", "to")
+
     adapters: tuple[Path, ...]
     """Runs, Orbax adapters or PEFT directories."""
     weights: tuple[float, ...]
@@ -182,13 +194,15 @@ class CombineConfig(Strict):
     seed: int = 0
     """Of what dare_… drops."""
     model: Path | None = None
-    """Hugging Face model directory, or its config.json, to write the PEFT format for; otherwise an
-    Orbax adapter is written, which needs none."""
+    """Hugging Face model directory, its config.json, or a name on the hub, to write the PEFT format
+    for; otherwise an Orbax adapter is written, which needs none."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DiffConfig(Strict):
     """Compare two adapters: settings, layers, and how far apart their updates are."""
+
+    in_buckets: ClassVar = ("a", "b")
 
     a: Annotated[Path, Positional]
     """A run, an Orbax adapter or a PEFT directory."""
@@ -202,10 +216,12 @@ class DiffConfig(Strict):
 class InspectConfig(Strict):
     """Show what an adapter is, or what a LoRA configuration adapts in a model, without weights."""
 
+    in_buckets: ClassVar = ("adapter",)
+
     adapter: Annotated[Path | None, Positional] = None
     """A run, an Orbax adapter or a PEFT directory."""
     model: Path | None = None
-    """Hugging Face model directory."""
+    """Hugging Face model directory, or a name on its hub, of which no weights are downloaded."""
     model_config: Path | None = None
     """A Hugging Face config.json alone."""
     all_layers: bool = False
@@ -230,7 +246,7 @@ class QuantizeConfig(Strict):
     """Write a model directory with quantised weights, in the layout of bitsandbytes."""
 
     model: Path
-    """Hugging Face model directory."""
+    """Hugging Face model directory, or a name on its hub: org/name or org/name@revision."""
     to: Path
     """Directory to write."""
     quant: QuantConfig = dataclasses.field(default_factory=QuantConfig)

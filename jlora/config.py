@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import pydantic
 
@@ -27,6 +27,8 @@ class Strict:
     """A dataclass that is read from files and flags: keys that it does not have are refused."""
 
     __pydantic_config__ = pydantic.ConfigDict(extra="forbid")
+    in_buckets: ClassVar[tuple[str, ...]] = ()
+    """Paths that may be URLs of buckets; see `jlora.places`."""
 
 
 def check_least(config: Any, least: Mapping[str, float]) -> None:
@@ -284,15 +286,16 @@ class TrainConfig(Strict):
     """One training run: `jlora train`."""
 
     model: Path
-    """Hugging Face model directory."""
+    """Hugging Face model directory, or a name on its hub: org/name or org/name@revision."""
     data: str
     """Directory with train/valid/test files, one JSON, JSONL or Parquet file, or a hub name."""
     output: Path
-    """Directory of the run; must not hold one yet, unless resuming."""
+    """Directory of the run; must not hold one yet, unless with --resume."""
     method: Literal["lora", "qlora", "full"] = "lora"
     """Train low-rank factors, or these on a quantised base, or every weight."""
-    resume: bool = False
-    """Go on from the last checkpoint in the output directory."""
+    resume: bool | Literal["auto"] = False
+    """Go on from the last checkpoint in the output directory. auto: or start, where it holds no run
+    yet; for scripts that are run again until they are through."""
     steps: int | None = None
     """Optimiser steps; None means `epochs` times the data."""
     epochs: float = 1.0

@@ -7,7 +7,7 @@ them apart, so the cache of the prompts serves all of them and is not copied for
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -37,6 +37,9 @@ _SHAPES, _MULTIPLE = 3, 8  # widths that prompts are padded to: how many at most
 _NODES = 16  # label tokens that are run at once; bounds the logits, (B, nodes, V)
 _SHOWN = 10  # rows that an error lists
 
+Done = Callable[[int], object]
+"""Is told how many rows were measured since it was last called."""
+
 
 @dataclasses.dataclass(frozen=True)
 class AnswerReport:
@@ -60,6 +63,7 @@ def answers(
     labels: Sequence[str] | None,
     stop_ids: Sequence[int],
     batch_size: int = 32,
+    done: Done = lambda rows: None,
 ) -> AnswerReport:
     """Answer the last turn of each record, greedily and, with `labels`, by their likelihood too.
 
@@ -77,6 +81,7 @@ def answers(
         labels: all the answers there can be, or None for free text.
         stop_ids: as for `generate`, and what the template ends a turn with is among them.
         batch_size: rows that are run together.
+        done: is called with the number of rows of each batch that is answered.
 
     Raises:
         JloraError: no records; labels that repeat, or that lack some record's reference; or a
@@ -113,6 +118,7 @@ def answers(
             outputs[row] = _said(new, tokenizer)
             exact[row] = len(new) < longest and outputs[row] == _said(right[row][:-1], tokenizer)
         chosen[rows] = likeliest
+        done(len(rows))
     label = None
     if labels is not None:
         label = float(np.mean([labels[c] == r for c, r in zip(chosen, references, strict=True)]))

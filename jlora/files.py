@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from jlora.errors import JloraError
+from jlora.places import local, place, url_of
 
 TEMPLATE_FILE = "chat_template.jinja"
 """Name of the file in which a model, a run or an adapter has its chat template."""
@@ -39,7 +40,7 @@ def new_directory(to: Path) -> Iterator[Path]:
     Raises:
       JloraError: `to` is a file, or a directory with something in it.
     """
-    demand_free(to)
+    demand_free(local(to))
     to = to.resolve()  # so that a link keeps pointing where it did
     to.parent.mkdir(parents=True, exist_ok=True)
     stage = to.parent / f".{to.name}.{uuid.uuid4().hex[:8]}.partial"
@@ -83,7 +84,7 @@ def read_template_of(adapter: Path) -> str | None:
 
     None where it was the model's own.
     """
-    file = adapter / TEMPLATE_FILE
+    file = (adapter if url_of(adapter) is None else place(adapter)) / TEMPLATE_FILE
     return read_template(file) if file.is_file() else None
 
 

@@ -2,7 +2,9 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from helpers import write_model
 
@@ -81,8 +83,8 @@ def test_an_evaluation_loss_that_is_not_finite_stops(monkeypatch) -> None:
     class One:
         batches_per_epoch = 1
 
-        def batch_at(self, step: int) -> None:
-            return None
+        def batch_at(self, step: int) -> SimpleNamespace:
+            return SimpleNamespace(rows=np.zeros(1, np.int32))
 
     monkeypatch.setattr(measure, "eval_step", lambda *args: (float("nan"), 3))
     with pytest.raises(JloraError, match="the evaluation loss is nan"):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jlora import canonical, injection, paths
+from jlora import canonical, hub, injection, paths
 from jlora.config import QuantConfig
 from jlora.errors import JloraError
 from jlora.files import TEMPLATE_FILE, demand_free, new_directory, save_tensors, write_text
@@ -42,12 +42,13 @@ def load(
     remat: bool = False,
     quant: QuantConfig | None = None,
 ) -> CausalLM:
-    """Read a model of the Llama family from a Hugging Face directory.
+    """Read a model of the Llama family from a Hugging Face directory, or from its hub.
 
     Weights that bitsandbytes has quantised stay so, to the bit.
 
     Args:
-        model_dir: holds config.json and model.safetensors, or its shards and their index.
+        model_dir: holds config.json and model.safetensors, or its shards and their index; or a name
+            on the hub, "org/name" or "org/name@revision".
         dtype: of the weights in memory and of computation; each tensor is converted as it is read.
         scan_layers: stack the layers and scan over them.
         remat: recompute each layer's activations in the backward pass.
@@ -59,6 +60,8 @@ def load(
             that nothing reads, and shapes that do not fit the configuration, all at once; what
             cannot be quantised, or is already.
     """
+    if not isinstance(model_dir, Directory):
+        model_dir = hub.find(model_dir).directory
     directory = Directory.open(model_dir)
     model = abstract(directory, dtype=dtype, scan_layers=scan_layers, remat=remat)
     stacks = injection.stacks(model)

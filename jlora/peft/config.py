@@ -48,7 +48,7 @@ def to_settings(
     *,
     fused: Fused,
     tied: bool,
-    base_model: str | None,
+    base_model: tuple[str | None, str | None],
 ) -> dict[str, Any]:
     """Resolved to names: patterns, exclusions and layer choices are written as what they chose.
 
@@ -60,7 +60,7 @@ def to_settings(
         stacks: path of each stacked module -> number of its layers.
         fused: layers that have several names there.
         tied: whether an embedding is trained as a whole that is the output head too.
-        base_model: name or directory of the base model.
+        base_model: name or directory of the base model, and its revision.
 
     Raises:
         JloraError: modules to save, or embeddings, whose names PEFT would also find elsewhere.
@@ -91,7 +91,7 @@ def to_settings(
     settings: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": lora.task_type or None,
-        "base_model_name_or_path": base_model,
+        "base_model_name_or_path": base_model[0],
         "r": lora.r,
         "lora_alpha": lora.lora_alpha,
         "target_modules": _target_names(named, every),
@@ -113,6 +113,8 @@ def to_settings(
             _ends("trainable_token_indices", {dotted(path)}, known)
         rows = {dotted(path): list(rows) for path, rows in plan.tokens.items()}
         settings["trainable_token_indices"] = rows
+    if base_model[1] is not None:
+        settings["revision"] = base_model[1]
     return settings | ({"ensure_weight_tying": True} if tied else {})
 
 

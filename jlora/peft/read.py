@@ -30,6 +30,7 @@ from jlora.peft.tensors import (
     table,
     tied_heads,
 )
+from jlora.places import local
 from jlora.targets import head_among
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -67,7 +68,7 @@ def read_peft(path: str | Path) -> StoredAdapter:
         JloraError: files that are missing or unreadable; settings that are not supported, all by
             name; tensors that are no floats or not finite, or whose names are none of PEFT's.
     """
-    path = locate(Path(path)) or Path(path)
+    path = locate(local(path)) or Path(path)
     lora = peft_config.read_config(path / CONFIG_FILE)
     file = path / WEIGHTS_FILE
     if not file.is_file():

@@ -25,6 +25,7 @@ from jlora.peft.tensors import (
     table,
     tied_heads,
 )
+from jlora.places import local
 from jlora.targets import Plan
 
 
@@ -35,6 +36,7 @@ def export_peft(
     *,
     params: Any = None,
     base_model: str | None = None,
+    base_revision: str | None = None,
     chat_template: str | None = None,
 ) -> None:
     """Write the adapters of `model` as a PEFT directory.
@@ -55,6 +57,7 @@ def export_peft(
         config: the configuration that it was given.
         params: the Linen module's tree of parameters.
         base_model: name or directory of the base model, for those who load the adapter.
+        base_revision: of a name on the hub: its branch, tag or commit.
         chat_template: what it was trained with in place of the model's own; is written beside it,
             where transformers looks for it.
 
@@ -65,13 +68,14 @@ def export_peft(
     if params is None:
         stored = gather(model, config)
         stored = dataclasses.replace(stored, chat_template=chat_template)
-        write_peft(path, model, stored, base_model=base_model)
+        write_peft(path, model, stored, base_model=base_model, base_revision=base_revision)
         return
     plan, sites = injection.planned(model, params)
     demand_unrolled(sites)
     stored = gather(model, config, params)
     stored = dataclasses.replace(stored, chat_template=chat_template)
-    _write(Path(path), stored, plan, sites, base_model, model, params, None)
+    base = (base_model, base_revision)
+    _write(Path(path), stored, plan, sites, base, model, params, None)
 
 
 def write_peft(
@@ -80,6 +84,7 @@ def write_peft(
     stored: StoredAdapter,
     *,
     base_model: str | None = None,
+    base_revision: str | None = None,
     weights: Weights | None = None,
 ) -> None:
     """`export_peft` for an adapter as read from disk; `model` may be abstract.
@@ -89,13 +94,15 @@ def write_peft(
         model: the NNX model, injected or not.
         stored: the adapter.
         base_model: as for `export_peft`.
+        base_revision: as for `export_peft`.
         weights: reads a leaf of the base, for rows of an embedding where `model` is abstract.
 
     Raises:
         JloraError: leaves that do not fit the model and their configuration.
     """
     plan, sites = injection.plan(model, stored.config), injection.sites(model)
-    _write(Path(path), stored, plan, sites, base_model, model, None, weights)
+    base = (base_model, base_revision)
+    _write(Path(path), stored, plan, sites, base, model, None, weights)
 
 
 def _write(
@@ -103,11 +110,12 @@ def _write(
     stored: StoredAdapter,
     plan: Plan,
     sites: Sequence[Site],
-    base_model: str | None,
+    base_model: tuple[str | None, str | None],
     model: Any,
     params: Any,
     weights: Weights | None,
 ) -> None:
+    path = local(path)
     check_exportable(plan, sites)
     leaves, read = base_weights(model, params)
     stacks = injection.stacks(model) if params is None else {}

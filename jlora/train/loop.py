@@ -10,13 +10,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from datetime import datetime
+from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
 from tqdm import tqdm
 
-from jlora import canonical, checkpoint, conversion, fingerprint, injection, optim, peft
+from jlora import canonical, checkpoint, conversion, fingerprint, hub, injection, optim, peft
 from jlora.config import QuantConfig, TrainConfig
 from jlora.data import chat, source
 from jlora.data.batching import Batch, Batches
@@ -56,16 +57,19 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
     adapts = settings.method != "full"
     dtype = load.compute_dtype(settings.dtype, exact=not adapts)
     settings = dataclasses.replace(settings, dtype=dtype.name)  # "auto" may differ at a resumption
-    run.check(settings)
-    settings = run.told(settings)
-    if run.report.is_file():  # the last file that a run writes
+    settings = run.settle(settings)
+    if settings.resume and run.is_finished(settings):
         say(f"{run.path} is finished: this is what it left\n\n{run.samples.read_text('utf-8')}")
         return json.loads(run.report.read_text(encoding="utf-8"))
-    directory = Directory.open(settings.model)  # says best what is wrong with it
-    records = source.load_records(settings.data, "train", ignore=settings.loader.ignore)
+    with run.elsewhere(settings.model, "--model"):
+        base_model = hub.find(settings.model)
+    settings = dataclasses.replace(settings, model=Path(base_model.pinned))
+    directory = Directory.open(base_model.directory)  # says best what is wrong with it
+    with run.elsewhere(settings.data, "--data"):
+        records = source.load_records(settings.data, "train", ignore=settings.loader.ignore)
     template = run.chat_template if run.chat_template.is_file() else settings.chat_template
     tokenizer = chat.load_tokenizer(
-        settings.model,
+        directory.path,
         directory.config.vocab_size,
         template=None if template is None else read_template(template),
         template_name=str(template),
@@ -81,11 +85,9 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
         max_shapes=settings.loader.max_shapes,
         seed=settings.seed,
     )
-    steps = settings.steps
-    if steps is None:
-        steps = math.ceil(settings.epochs * batches.batches_per_epoch)
+    steps = _steps(settings, batches)
     tx, rate = optim.adamw(settings.optim, steps), optim.schedule(settings.optim, steps)
-    measured = measure.Measure(settings, tokenizer)
+    measured = measure.Measure(settings, directory.path, tokenizer)
     say(f"training data: {encoded}; {_padding(batches, settings.loader.max_shapes)}")
     if strangers := measured.never_met(records):
         say(f"--loader.ignore: no record has {', '.join(strangers)}")
@@ -107,7 +109,7 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
     else:
         counts = (injection.count(model)[1],) * 2
     say(injection.summary_line(*counts))
-    trained_on = fingerprint.of(model) if adapts else None
+    trained_on = fingerprint.of(model)
     stacks = injection.stacks(model)
     trained, base = injection.partition(model, everything=settings.method == "full")
     del model  # the first step consumes its trained leaves
@@ -120,9 +122,12 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
         """What is trained, in the model's shape."""
         return canonical.unstack(state.trained, lists)
 
-    if not run.before.is_file():
+    known_before = run.before.is_file()
+    if not known_before:
         say("measuring the model as it is …")
     before = measured.before(run, lambda: injection.combine(leaves(), base))
+    if before.loss is not None and not known_before:
+        say(f"step 0 of {steps}: evaluation loss {before.loss:.4f}")
     run.start(settings, dataclasses.asdict(before), tokenizer.template)
     checkpoints = RunCheckpoints(
         run.checkpoints,
@@ -130,19 +135,40 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
         settings.keep_checkpoints,
         plan.ranks if adapts else None,
     )
-    data_key = measure.fingerprint(examples)
+    data_key, measured_key = measure.fingerprint(examples), measured.fingerprint()
     rows_seen = 0
     if checkpoints.latest_step() is not None:
         state, meta = checkpoints.restore(state)
-        if meta["data"]["fingerprint"] != data_key:
-            raise JloraError(f"--resume: the training rows of {settings.data} are not those that "
-                             "the run began with; restore them, or start a new run")  # fmt: skip
+        known_data = meta["data"]
+        for what, then, now in (
+            ("training", known_data["fingerprint"], data_key),
+            ("valid or test", known_data.get("measured", measured_key), measured_key),
+        ):
+            if then != now:
+                raise JloraError(
+                    f"--resume: the {what} rows of {settings.data} are not those that the run "
+                    "began with; restore them, or start a new run"
+                )
         known = checkpoint.base_of(meta, run.checkpoints)
-        if trained_on and (differs := fingerprint.check(known, trained_on, str(run.path))):
-            raise JloraError("\n".join([*differs, "restore that model, or start a new run"]))
-        rows_seen = meta["data"]["rows_seen"]
+        if differs := known.differences(trained_on) if known else []:
+            title = f"--resume: {run.path} was trained on another base than {base_model.pinned}:"
+            lines = [title, *(f"  {line}" for line in differs)]
+            raise JloraError("\n".join([*lines, "restore that model, or start a new run"]))
+        run.check_steps(int(state.step), steps)
+        rows_seen = known_data["rows_seen"]
         say(f"going on after step {int(state.step)} of {steps}")
+    elif settings.resume:
+        run.check_unmoved(settings)
     first = int(state.step)
+    if settings.resume:
+        if (planned := _steps(run.settings(), batches)) != steps:
+            was = optim.schedule(settings.optim, planned)(max(first - 1, 0))
+            say(
+                f"the run was to end after step {planned}, and is now to end after step {steps}: "
+                f"the learning rate warms up and falls over all {steps} steps, so it goes on at "
+                f"{rate(first):.3g}, where it was {was:.3g}"
+            )
+        run.go_on(settings)
     run.keep_metrics(first, steps)
 
     def meta_of(step: int) -> dict[str, Any]:
@@ -151,6 +177,7 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
             "batch": step % batches.batches_per_epoch,
             "rows_seen": rows_seen,
             "fingerprint": data_key,
+            "measured": measured_key,
         }
         kind = checkpoint.lora_meta(settings.lora, trained_on) | {"method": settings.method}
         return kind | {"step": step, "data": position, "train": conversion.to_dict(settings)}
@@ -204,7 +231,8 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
                 pending = None
             if evaluate and (loss := measured.loss(leaves(), base)) is not None:
                 run.add_metrics({"step": step, "eval_loss": loss})
-                say(f"step {step} of {steps}: evaluation loss {loss:.4f}")
+                with bar.external_write_mode():  # on a terminal, above the bar
+                    say(f"step {step} of {steps}: evaluation loss {loss:.4f}")
             if save:
                 checkpoints.save(state, meta_of(step))
             if stop or (signals and step == steps):
@@ -218,18 +246,20 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
     after = measured.after(final)
     if after.loss is not None:
         run.add_metrics({"step": steps, "eval_loss": after.loss})
+        say(f"step {steps} of {steps}: evaluation loss {after.loss:.4f}")
     if adapts:
         peft.export_peft(
             run.adapter,
             final,
             settings.lora,
-            base_model=str(settings.model),
+            base_model=base_model.name,
+            base_revision=base_model.commit,
             chat_template=tokenizer.template,
         )
         output = run.adapter / peft.WEIGHTS_FILE
     else:
         shutil.rmtree(run.model, ignore_errors=True)  # of a process that was stopped right here
-        load.save(final, run.model, source=settings.model, chat_template=tokenizer.template)
+        load.save(final, run.model, source=directory.path, chat_template=tokenizer.template)
         output = run.model / "model.safetensors"
     measure.plot_loss(run.read_metrics(), before.loss, run.loss_plot)
     write_text(run.samples, measured.samples_text(before, after))
@@ -261,6 +291,13 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
     return report
 
 
+def _steps(settings: TrainConfig, batches: Batches) -> int:
+    """Return how many steps a run has in all."""
+    if settings.steps is not None:
+        return settings.steps
+    return math.ceil(settings.epochs * batches.batches_per_epoch)
+
+
 def _quant(settings: TrainConfig, directory: Directory) -> QuantConfig | None:
     """How weights are to be quantised as they are read.
 
@@ -274,12 +311,12 @@ def _quant(settings: TrainConfig, directory: Directory) -> QuantConfig | None:
         return settings.quant if settings.method == "qlora" else None
     if settings.method == "full":
         raise JloraError(
-            f"--method full: the weights in {settings.model} are quantised, and codes cannot be "
+            f"--method full: the weights in {directory.path} are quantised, and codes cannot be "
             "trained; use --method qlora, or the original model"
         )
     if asked:
         raise JloraError(
-            f"--quant: the weights in {settings.model} are quantised already, and are used as they "
+            f"--quant: the weights in {directory.path} are quantised already, and are used as they "
             "are; leave it out, or use the original model"
         )
     return None

@@ -4,12 +4,16 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from tqdm import tqdm
 
 from jlora import evaluate, injection
 from jlora.config import TrainConfig
@@ -18,6 +22,7 @@ from jlora.data.batching import Batch, Batches
 from jlora.data.chat import Example
 from jlora.data.records import Record
 from jlora.errors import JloraError
+from jlora.evaluate import Done
 from jlora.generation import generate, stop_ids
 from jlora.train.run import Run
 from jlora.train.step import eval_step
@@ -46,7 +51,7 @@ class Measure:
         JloraError: a split that exists but cannot be read, before the run begins.
     """
 
-    def __init__(self, settings: TrainConfig, tokenizer: Any):
+    def __init__(self, settings: TrainConfig, model_dir: Path, tokenizer: Any):
         self.settings, self.tokenizer = settings, tokenizer
         wanted, data = settings.eval, settings.data
         self.splits = [split for split in ("valid", "test") if source.has_split(data, split)]
@@ -60,16 +65,22 @@ class Measure:
             for split, records in self.read.items()
         }
         valid, test = to_train.get("valid", [])[: wanted.loss_rows], to_train.get("test", [])
+        self.valid = valid
         self.labels = source.read_labels(data)
         self.questions = test[: wanted.answer_rows]
         train = () if test or valid else source.load_records(data, "train", ignore=ignore)
         self.shown = (test or valid or [r for r in train if r.trained])[: wanted.samples]
-        self.stop_ids = stop_ids(settings.model, tokenizer)
+        self.stop_ids = stop_ids(model_dir, tokenizer)
         self.batches = None
         if valid:
             examples, _ = chat.encode_all(valid, tokenizer, settings.loader.max_length)
             self.batches = evaluation_batches(examples, settings.loader.batch_size)
         self.loss_rows, self.answer_rows = len(valid), len(self.questions)
+
+    def fingerprint(self) -> str:
+        """Return what changes when a row that is measured does, or the labels."""
+        rows = [[(r.messages, r.tools) for r in rows] for rows in (self.valid, self.questions)]
+        return hashlib.sha256(json.dumps([rows, self.labels]).encode()).hexdigest()
 
     def never_met(self, records: Sequence[Record]) -> list[str]:
         """Return the keys to be left out that neither these records nor the other splits have."""
@@ -87,14 +98,16 @@ class Measure:
         """Measure the model as it is."""
         trained, base = injection.partition(model)
         answers = None
-        if self.questions:
-            answers = evaluate.answers(
-                model,
-                self.tokenizer,
-                self.questions,
-                labels=self.labels,
-                stop_ids=self.stop_ids,
-            )
+        with progress(self.answer_rows) as done:
+            if self.questions:
+                answers = evaluate.answers(
+                    model,
+                    self.tokenizer,
+                    self.questions,
+                    labels=self.labels,
+                    stop_ids=self.stop_ids,
+                    done=done,
+                )
         prompts = [chat.prompt_tokens(record, self.tokenizer) for record in self.shown]
         samples = []
         if prompts:
@@ -115,7 +128,10 @@ class Measure:
 
     def loss(self, trained: Mapping[str, Any], base: Any) -> float | None:
         """Mean loss of the valid split, or None without one."""
-        return None if self.batches is None else mean_loss(trained, base, self.batches)
+        if self.batches is None:
+            return None
+        with progress(self.loss_rows) as done:
+            return mean_loss(trained, base, self.batches, done=done)
 
     def table(self, before: Measured, after: Measured) -> str:
         """What was measured before and after, a line each, and on how many rows."""
@@ -147,13 +163,37 @@ def evaluation_batches(examples: Sequence[Example], batch_size: int) -> Batches:
     return Batches(examples, batch_size, max_shapes=2, shuffle=False)
 
 
-def mean_loss(trained: Mapping[str, Any], base: Any, batches: Batches) -> float:
+@contextmanager
+def progress(rows: int) -> Iterator[Done]:
+    """Show on a terminal how many of so many rows are measured, and nothing elsewhere.
+
+    Yields:
+        what is to be called with the number of rows that were measured since the last call.
+    """
+    bar = tqdm(total=rows, unit="row", desc="measuring", disable=None, leave=False, file=sys.stderr)
+    with bar:
+        yield bar.update
+
+
+def mean_loss(
+    trained: Mapping[str, Any], base: Any, batches: Batches, *, done: Done = lambda rows: None
+) -> float:
     """Mean loss over all trained tokens of one epoch of `batches`, nats.
+
+    Args:
+        trained: the leaves that are trained.
+        base: the rest of the model.
+        batches: what is measured.
+        done: is called with the number of rows of each batch that is measured.
 
     Raises:
         JloraError: it is not finite.
     """
-    sums = [eval_step(trained, base, batches.batch_at(i)) for i in range(batches.batches_per_epoch)]
+    sums = []
+    for i in range(batches.batches_per_epoch):
+        batch = batches.batch_at(i)
+        sums.append(jax.block_until_ready(eval_step(trained, base, batch)))
+        done(int((batch.rows >= 0).sum()))
     loss, tokens = np.sum(np.asarray(sums, np.float64), axis=0)
     if not np.isfinite(loss):
         raise JloraError(f"the evaluation loss is {loss}: the model's outputs are not finite")

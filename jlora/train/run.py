@@ -2,20 +2,24 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
-from jlora import conversion, paths
+from jlora import conversion, hub, paths
 from jlora.config import TrainConfig
 from jlora.errors import JloraError
 from jlora.files import TEMPLATE_FILE, new_directory, write_text
+from jlora.places import local
 
-# What may differ between a run and its resumption, since no step depends on it.
+# What may differ between a run and its resumption: what no step depends on, and what is compared by
+# what it holds. Steps are left to `check_steps`.
 _FREE = {"output", "resume", "scan_layers", "remat", "checkpoint_every", "keep_checkpoints"}
+_FREE |= {"model", "data", "steps", "epochs"}
 
 
 class Run:
@@ -34,34 +38,40 @@ class Run:
         self.before = path / "before.json"
         self.report = path / "report.json"
 
-    def check(self, wanted: TrainConfig) -> None:
-        """Refuse to overwrite a run, and to resume one that was another.
+    def settle(self, wanted: TrainConfig) -> TrainConfig:
+        """Return the settings that the run has now: whether it goes on, its model, its time.
+
+        `resume` is True or False in them. A resumed run has the model's commit and the time that
+        templates are told from its start, where nothing else is asked for.
 
         Raises:
-            JloraError: the directory holds something and `resume` is not set; `resume` is set and
+            JloraError: the directory holds something and the run is not to go on; or it is, and
                 there is no run, or one with other settings (each is named).
         """
-        if not wanted.resume:
+        local(self.path, "output")
+        resume = self.config_file.is_file() if wanted.resume == "auto" else wanted.resume
+        wanted = dataclasses.replace(wanted, resume=resume)
+        now = wanted.now or datetime.now().isoformat(timespec="seconds")
+        if not resume:
             if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
                 what = "a run" if self.config_file.is_file() else "files"
                 raise JloraError(
                     f"{self.path} holds {what} already; choose another --output, or go on with a "
                     "run that was stopped by --resume"
                 )
-            return
+            return dataclasses.replace(wanted, now=now)
         if not self.config_file.is_file():
-            raise JloraError(f"--resume: {self.path} holds no run ({self.config_file} is absent)")
-        first = paths.flatten(conversion.read_toml(self.config_file))
-        now = paths.flatten(conversion.to_dict(wanted))
-        # Settings that are newer than the run had their default then.
-        least = TrainConfig(model=wanted.model, data=wanted.data, output=wanted.output)
-        first = paths.flatten(conversion.to_dict(least)) | first
+            raise JloraError(
+                f"--resume: {self.path} holds no run ({self.config_file} is absent); --resume auto "
+                "starts one where there is none"
+            )
+        first = self.settings()
+        then, there = (paths.flatten(conversion.to_dict(each)) for each in (first, wanted))
         differing = [
-            f"  {key.replace('/', '.')}: {first.get(key)!r} then, {now.get(key)!r} now"
-            for key in sorted(first.keys() | now.keys())
-            if first.get(key) != now.get(key)
+            f"  {key.replace('/', '.')}: {then.get(key)!r} then, {there.get(key)!r} now"
+            for key in sorted(then.keys() | there.keys())
+            if then.get(key) != there.get(key)
             and key not in _FREE
-            # Where it is not given, that of the run's start goes on: see `told`.
             and not (key == "now" and wanted.now is None)
         ]
         if differing:
@@ -70,15 +80,94 @@ class Run:
                 + "\n".join(differing)
                 + "\nresume with the same ones, or start a new run in another --output"
             )
+        if wanted.steps == first.steps is not None and wanted.epochs != first.epochs:
+            raise JloraError(
+                f"--resume: {self.path} was started with --steps {first.steps}, which goes before "
+                f"--epochs {wanted.epochs}: say with --steps how far it is to go"
+            )
+        unsaid = hub.revision_of(wanted.model) is None and hub.same_name(wanted.model, first.model)
+        return dataclasses.replace(
+            wanted,
+            model=first.model if unsaid else wanted.model,
+            now=wanted.now or first.now or now,
+        )
 
-    def told(self, wanted: TrainConfig) -> TrainConfig:
-        """Return the settings with the time that templates are told: that of the run's start."""
-        now = wanted.now
-        if now is None and wanted.resume:
-            now = conversion.read_toml(self.config_file).get("now")
-        if now is None:
-            now = datetime.now().isoformat(timespec="seconds")
-        return dataclasses.replace(wanted, now=now)
+    def settings(self) -> TrainConfig:
+        """Return the settings in config.toml; those that are newer than it have their defaults.
+
+        Raises:
+            JloraError: there is no such file, or not one of a run.
+        """
+        values = conversion.read_toml(self.config_file)
+        return conversion.from_dict(TrainConfig, values, where=str(self.config_file))
+
+    def find_model(self, moved_to: Path | None = None) -> hub.Model:
+        """Return the model of a run, where it is now.
+
+        Raises:
+            JloraError: it is not there.
+        """
+        model = moved_to or self.settings().model
+        with self.elsewhere(model, "--model"):
+            return hub.find(model)
+
+    @contextmanager
+    def elsewhere(self, place: str | Path, flag: str) -> Iterator[None]:
+        """Add to an error, where a run goes on and `place` is gone, how to say where it is now.
+
+        Raises:
+            JloraError: the block raised it.
+        """
+        try:
+            yield
+        except JloraError as error:
+            if not self.config_file.is_file() or Path(place).exists():
+                raise
+            raise JloraError(
+                f"{error}\nThe run in {self.path} began with {place}: if that was moved, say with "
+                f"{flag} where it is now; it is compared by what it holds"
+            ) from None
+
+    def is_finished(self, wanted: TrainConfig) -> bool:
+        """Say whether nothing is left to do of the settings `wanted`."""
+        if not self.report.is_file():  # the last file that a run writes
+            return False
+        first = self.settings()
+        return (first.steps, first.epochs) == (wanted.steps, wanted.epochs)
+
+    def check_steps(self, done: int, steps: int) -> None:
+        """Refuse to end a run before what it has done.
+
+        Raises:
+            JloraError: it has done more steps.
+        """
+        if done > steps:
+            raise JloraError(
+                f"--resume: {self.path} has done {done} steps, and is to end after {steps}: give "
+                f"--steps {done} or more, or start a new run in another --output"
+            )
+
+    def check_unmoved(self, settings: TrainConfig) -> None:
+        """Refuse another place of model or data while no checkpoint says what they held.
+
+        Raises:
+            JloraError: one of them is another.
+        """
+        first = self.settings()
+        for name in ("model", "data"):
+            then, there = str(getattr(first, name)), str(getattr(settings, name))
+            if Path(then).resolve() != Path(there).resolve():
+                raise JloraError(
+                    f"--resume: {self.path} has no checkpoint yet, with which {there} could be "
+                    f"compared: resume with --{name} {then}, or start a new run in another --output"
+                )
+
+    def go_on(self, settings: TrainConfig) -> None:
+        """Keep the settings of a resumed run in config.toml; one that was finished no longer is."""
+        if self.settings() == (kept := dataclasses.replace(settings, resume=False)):
+            return
+        self.report.unlink(missing_ok=True)
+        write_text(self.config_file, tomli_w.dumps(conversion.to_dict(kept)))
 
     def start(
         self, config_used: TrainConfig, before: Mapping[str, Any], template: str | None
