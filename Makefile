@@ -27,7 +27,7 @@ demo: $(VENV)/installed
 	$(BIN)/jlora fetch smollm2 --to models/smollm2
 	$(BIN)/jlora fetch sentiment --to data/sentiment
 	$(BIN)/jlora train --config examples/sentiment.toml --method $(METHOD) --output $(DEMO) \
-		$(if $(wildcard $(DEMO)/config.toml),--resume)
+		--resume auto
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n auto

@@ -289,6 +289,11 @@ class TrainConfig(Strict):
     """Hugging Face model directory, or a name on its hub: org/name or org/name@revision."""
     data: str
     """Directory with train/valid/test files, one JSON, JSONL or Parquet file, or a hub name."""
+    valid_fraction: float = 0.0
+    """Of the training rows, those that are not trained on but whose loss is measured, where the
+    data has no valid split. Rows with the same conversation stay together."""
+    test_fraction: float = 0.0
+    """Likewise those that are answered, where the data has no test split."""
     output: Path
     """Directory of the run; must not hold one yet, unless with --resume."""
     method: Literal["lora", "qlora", "full"] = "lora"
@@ -307,7 +312,8 @@ class TrainConfig(Strict):
     """Date and time that the chat template is told if it asks (strftime_now), as
     2026-01-31T12:00:00. None: those of the run's start."""
     seed: int = 0
-    """Of the initial factors, the order of rows, and dropout."""
+    """Of the initial factors, the order of rows, the rows that --valid-fraction and --test-fraction
+    take, and dropout."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the base weights and of computation. auto: bfloat16, but float32 on CPU and for --method
     full, where bfloat16 would round small updates away."""
@@ -329,6 +335,12 @@ class TrainConfig(Strict):
     def __post_init__(self) -> None:
         least = {"steps": 1, "epochs": 0, "seed": 0, "checkpoint_every": 1, "keep_checkpoints": 1}
         check_least(self, least)
+        check_least(self, {"valid_fraction": 0, "test_fraction": 0})
+        if not self.valid_fraction + self.test_fraction < 1:
+            raise JloraError(
+                f"valid_fraction = {self.valid_fraction} and test_fraction = {self.test_fraction} "
+                "leave nothing to train on: together they must be below 1"
+            )
         if not math.isfinite(self.epochs):
             raise JloraError(f"epochs must be finite, got {self.epochs}")
         try:

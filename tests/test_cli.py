@@ -124,14 +124,29 @@ def test_targets_from_a_file_are_names(home):
 
 
 @pytest.mark.parametrize("form", [("--output", "{}"), ("--output={}",)])
-def test_resume_takes_up_the_runs_own_configuration(home, form):
+@pytest.mark.parametrize(
+    ("resume", "value"),
+    [(["--resume"], True), (["--resume", "auto"], "auto"), (["--resume=auto"], "auto"),
+     (["--resume", "True"], True)],
+)  # fmt: skip
+@pytest.mark.parametrize("last", [False, True])
+def test_resume_takes_up_the_runs_own_configuration(home, form, resume, value, last):
     flags = [part.format(home / "run") for part in form]
-    settings = cli.parse("train", ["--resume", *flags])
-    assert settings.resume
+    settings = cli.parse("train", [*flags, *resume] if last else [*resume, *flags])
+    assert settings.resume == value
     assert settings.steps == 6
     assert settings.optim.lr == 1e-2
     assert settings.lora.target_modules == ("q_proj", "v_proj")
     assert settings.model == home / "model"
+
+
+def test_resume_auto_starts_where_there_is_no_run(home, tmp_path, fails):
+    settings = cli.parse("train", [*train(home, tmp_path / "run")[1:], "--resume", "auto"])
+    assert (settings.resume, settings.steps) == ("auto", 6)
+    said = fails("train", "--resume", "--output", tmp_path / "run")
+    assert "run holds no run (config.toml is absent); --resume auto starts one" in said
+    flags = ["--model", "m", "--data", "d", "--output", str(home / "run"), "--resume", "False"]
+    assert cli.parse("train", flags).steps is None  # not the run's
 
 
 def test_resume_goes_on_where_a_run_stopped(home, tmp_path, says):

@@ -1,8 +1,11 @@
 """Every command on a model by its hub's name, out of a cache in the hub's layout, offline."""
 
 import json
+import re
+import shlex
 import shutil
 import tomllib
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -150,6 +153,30 @@ def test_every_command_takes_a_name(home, tmp_path):
         assert settings["base_model_name_or_path"] == NAME
         assert settings["revision"] == COMMIT
     assert not any(path.is_symlink() for path in to.rglob("*"))
+
+
+def test_the_readmes_first_lines(home, tmp_path, capfd):
+    """As they stand, with our model under that name; chats.jsonl has records of the README's."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"```sh\n(pip install .*?)```", readme, re.DOTALL)[1]
+    _, *commands = block.splitlines()
+    assert len(commands) == 4
+    (name,) = set(re.findall(r"--model (\S+)", block))
+    record = json.loads(re.search(r"`(\{\"messages\": .*\})`", readme)[1])
+    write_cache(tmp_path / "cache", name, home / "model")
+    texts = [json.dumps(record).replace("\\u2026", f"row {i}") + "\n" for i in range(20)]
+    (tmp_path / "chats.jsonl").write_text("".join(texts))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        for command in commands:
+            program, *arguments = shlex.split(command)
+            assert program == "jlora"
+            run(*arguments)
+        assert '"eval_loss_after": ' in capfd.readouterr().out
+        assert json.loads(Path("run/report.json").read_text())["loss_rows"] == 2
+        assert Path("run/adapter/adapter_model.safetensors").is_file()
+        assert jlora.load("merged")(jnp.arange(4)[None]).shape == (1, 4, 259)
 
 
 def test_a_name_that_the_cache_has_not(home, capfd):

@@ -33,7 +33,7 @@ LAYERS = [
     "fetch fingerprint checkpoint peft.tensors peft.fused peft.config peft.checks peft.read",
     "peft.write peft.vllm peft updates norms adapters",
     "mixture combination description comparison bank",
-    "data data.records data.keys data.shapes data.rows data.source",
+    "data data.records data.keys data.shapes data.rows data.source data.split",
     "data.template data.turns data.chat data.batching",
     "generation prompts evaluate optim verify merging",
     "train train.loss train.step train.checkpoint train.run train.measure train.loop",

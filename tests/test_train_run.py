@@ -1,35 +1,30 @@
-"""Whole runs on a tiny model: what they leave on disk, how they stop, resume and refuse."""
+"""Whole runs on a tiny model: what they leave on disk, what they measure, what they refuse."""
 
+import contextlib
 import dataclasses
+import functools
 import json
 import math
-import os
 import shutil
 import signal
+import sys
 import tomllib
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
-from flax import nnx
 from helpers import compilation_cache, contents, write_chats, write_model
-from safetensors.numpy import load_file
+from train_cases import ROWS, configuration, quiet, same_bits, saved, steps_saved, terminate
 
-from jlora import adapters, canonical, injection, optim
-from jlora.config import EvalConfig, LoaderConfig, LoraConfig, OptimConfig, TrainConfig
+from jlora import adapters, injection, optim
+from jlora.config import EvalConfig, LoraConfig, TrainConfig
+from jlora.data import chat, split
+from jlora.data.batching import Batches
 from jlora.errors import JloraError
 from jlora.models import load
 from jlora.train import loop, measure
-from jlora.train.checkpoint import RunCheckpoints
 from jlora.train.run import Run
-from jlora.train.step import init_state
-
-LORA = LoraConfig(r=4, lora_alpha=8, target_modules=("q_proj", "v_proj", "down_proj"))
-OPTIM = OptimConfig(lr=1e-2, warmup_steps=2)
-ROWS = 8
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -50,25 +45,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def settings(model, data):
-    """Make the configuration of a run of 8 steps on one file, with nothing evaluated."""
-
-    def make(output, **changes):
-        values = {
-            "data": str(data / "train.jsonl"),
-            "steps": 8,
-            "checkpoint_every": 3,
-            "lora": LORA,
-            "optim": OPTIM,
-            "loader": LoaderConfig(batch_size=ROWS, max_shapes=1),
-            "eval": EvalConfig(samples=0),
-        }
-        return TrainConfig(model=model, output=output, **(values | changes))
-
-    return make
-
-
-def quiet(settings):
-    return loop.train(settings, say=lambda line: None)
+    return functools.partial(configuration, model, data)
 
 
 @pytest.fixture(scope="module")
@@ -89,29 +66,6 @@ def finished(settings, data, tmp_path_factory):
 def unbroken(settings, tmp_path_factory):
     output = tmp_path_factory.mktemp("run") / "unbroken"
     return output, quiet(settings(output))
-
-
-def terminate():
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def crash():
-    raise RuntimeError("the power went out")
-
-
-def steps_saved(output):
-    return sorted(int(path.name) for path in (output / "checkpoints").iterdir())
-
-
-def saved(output, step, item):
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(output / "checkpoints" / str(step) / item)
-
-
-def same_bits(one, two):
-    assert jax.tree.structure(one) == jax.tree.structure(two)
-    equal = jax.tree.map(lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes(), one, two)
-    return len(jax.tree.leaves(one)) > 3 and all(jax.tree.leaves(equal))
 
 
 def test_a_run_leaves_its_files(finished):
@@ -203,6 +157,76 @@ def test_a_finished_run_resumed_is_left_as_it_is(finished):
     assert contents(used.output) == before
 
 
+@pytest.fixture(scope="module")
+def parted(settings, tmp_path_factory):
+    """A run on one file, of which some rows were parted off: (settings, report, what it said)."""
+    used = settings(
+        tmp_path_factory.mktemp("run") / "parted",
+        valid_fraction=0.25,
+        test_fraction=0.25,
+        steps=4,
+        eval=EvalConfig(samples=1, max_new_tokens=2, every=2),
+        seed=5,
+    )
+    said = []
+    return used, loop.train(used, say=said.append), "\n".join(said)
+
+
+def test_rows_that_are_parted_off_are_measured_and_not_trained_on(parted, data):
+    used, report, said = parted
+    assert (report["loss_rows"], report["answer_rows"]) == (6, 6)  # of 24
+    assert report["eval_loss_after"] is not None
+    assert report["accuracy_after"] is not None
+    assert f"of the rows in {data / 'train.jsonl'} 12 are for train, 6 are for valid, 6" in said
+    parts = split.read(used.data, valid_fraction=0.25, test_fraction=0.25, seed=5)
+    line = json.loads((used.output / "metrics.jsonl").read_text().splitlines()[0])
+    tokenizer = chat.load_tokenizer(used.model)
+    examples, _ = chat.encode_all(parts["train"], tokenizer, 1024)
+    batch = Batches(examples, ROWS, max_shapes=1, seed=5).batch_at(0)
+    assert line["tokens"] == int(batch.mask.sum())
+    meta = next((used.output / "checkpoints" / "4" / "meta").glob("*"))
+    kept = json.loads(meta.read_text())
+    assert kept["data"]["fingerprint"] == measure.fingerprint(examples)
+    assert kept["train"]["valid_fraction"] == kept["train"]["test_fraction"] == 0.25
+
+
+def test_evaluation_losses_are_shown(parted):
+    used, report, said = parted
+    lines = [line for line in Run(used.output).read_metrics() if "eval_loss" in line]
+    assert [line["step"] for line in lines] == [2, 4]
+    losses = [(0, report["eval_loss_before"]), *((x["step"], x["eval_loss"]) for x in lines)]
+    shown = [line for line in said.splitlines() if "evaluation loss" in line and "step" in line]
+    assert shown == [f"step {step} of 4: evaluation loss {loss:.4f}" for step, loss in losses]
+
+
+def test_measuring_shows_how_far_it_is_on_a_terminal_alone(monkeypatch, capsys):
+    with measure.progress(10) as done:
+        done(4)
+    assert capsys.readouterr().err == ""  # no terminal
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with measure.progress(10) as done:
+        done(10)
+    assert "measuring: " in capsys.readouterr().err
+
+
+def test_every_row_that_is_measured_is_counted(parted, monkeypatch):
+    used, _, _ = parted
+    counted = []
+
+    @contextlib.contextmanager
+    def progress(rows):
+        counted.append([rows, 0])
+
+        def done(more):
+            counted[-1][1] += more
+
+        yield done
+
+    monkeypatch.setattr(measure, "progress", progress)
+    quiet(dataclasses.replace(used, output=used.output.with_name("counted"), steps=1))
+    assert counted == [[6, 6]] * 4  # answers and loss, before and after
+
+
 def test_one_file_has_no_measures(unbroken):
     output, report = unbroken
     nulls = {key for key, value in report.items() if value is None}
@@ -223,85 +247,6 @@ def test_the_seed_decides_every_bit(settings, unbroken, tmp_path, seed):
     same = (tmp_path / "run" / weights).read_bytes() == (output / weights).read_bytes()
     same_metrics = contents(tmp_path / "run")["metrics.jsonl"] == contents(output)["metrics.jsonl"]
     assert same == same_metrics == (seed == 0)
-
-
-@pytest.fixture(scope="module")
-def interrupted(settings, tmp_path_factory):
-    """Runs that ended at step 5: one by SIGTERM, one by an error after the checkpoint of step 3."""
-    base = tmp_path_factory.mktemp("run")
-    with pytest.MonkeyPatch.context() as patch:
-        for name, action in (("signal", terminate), ("error", crash)):
-            calls = []
-
-            def tick(self, batch, calls=calls, action=action):
-                calls.append(batch)
-                if len(calls) == 5:
-                    action()
-
-            patch.setattr(measure.Clock, "tick", tick)
-            with pytest.raises((loop.Stopped, RuntimeError)) as caught:
-                quiet(settings(base / name))
-            if name == "signal":
-                assert caught.type is loop.Stopped
-                assert caught.value.code == 143
-    return base
-
-
-def test_a_signal_saves_the_step_it_came_in(interrupted):
-    output = interrupted / "signal"
-    assert steps_saved(output) == [3, 5]
-    assert [line["step"] for line in Run(output).read_metrics()] == [1, 2, 3, 4, 5]
-    assert not (output / "report.json").exists()
-
-
-@pytest.mark.parametrize("kind", ["signal", "error"])
-def test_resumed_equals_unbroken_to_the_bit(settings, unbroken, interrupted, tmp_path, kind):
-    output, report = unbroken
-    again = tmp_path / "again"
-    shutil.copytree(interrupted / kind, again)
-    if kind == "error":
-        assert steps_saved(again) == [3]
-        assert [line["step"] for line in Run(again).read_metrics()] == [1, 2, 3, 4]
-        with (again / "metrics.jsonl").open("a") as file:
-            file.write('{"step": 5, "lo')  # as a kill leaves it
-    resumed = quiet(settings(again, resume=True))
-    for file in ("metrics.jsonl", "adapter/adapter_model.safetensors"):
-        assert (again / file).read_bytes() == (output / file).read_bytes(), file
-    for item in ("adapters", "state"):
-        assert same_bits(saved(again, 8, item), saved(output, 8, item))
-    assert resumed["rows_seen"] == report["rows_seen"] == 8 * ROWS
-
-
-def test_an_unrolled_run_goes_on_stacked(settings, unbroken, interrupted, tmp_path):
-    again = tmp_path / "again"
-    shutil.copytree(interrupted / "signal", again)
-    quiet(settings(again, resume=True, scan_layers=True))
-    ours, theirs = (
-        load_file(path / "adapter" / "adapter_model.safetensors") for path in (again, unbroken[0])
-    )
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        np.testing.assert_allclose(ours[name], theirs[name], atol=1e-4, err_msg=name)
-    losses = [[line["loss"] for line in Run(path).read_metrics()] for path in (again, unbroken[0])]
-    assert losses[0][:5] == losses[1][:5]
-    np.testing.assert_allclose(*losses, atol=1e-5)
-
-
-def test_restored_stacked_to_the_same_bits(model, interrupted):
-    stacked = load.load(model, scan_layers=True)
-    injection.inject(stacked, LORA, rngs=nnx.Rngs(9))
-    stacks = injection.stacks(stacked)
-    trained, _ = injection.partition(stacked)
-    tx = optim.adamw(OPTIM, 8)
-    checkpoints = RunCheckpoints(interrupted / "signal" / "checkpoints", stacks, 2)
-    state, meta = checkpoints.restore(init_state(trained, tx, jax.random.key(9)))
-    checkpoints.close()
-    assert meta["step"] == int(state.step) == 5
-    assert meta["data"]["rows_seen"] == 5 * ROWS
-    assert len(state.trained) == 6
-    unrolled = canonical.unstack(state.trained, stacks)
-    first = saved(interrupted / "signal", 5, "adapters")
-    assert same_bits(dict(sorted(unrolled.items())), dict(sorted(first.items())))
 
 
 def test_a_signal_during_an_evaluation_waits_for_the_next_step(
@@ -335,63 +280,6 @@ def test_signal_handlers_are_put_back():
         assert received == [signal.SIGTERM]
         assert signal.getsignal(signal.SIGTERM) == before[0]  # a second one kills
     assert [signal.getsignal(number) for number in watched] == before
-
-
-def refused(settings, match):
-    """The run is refused, and what its directory holds stays."""
-    before = contents(settings.output)
-    with pytest.raises(JloraError, match=match) as caught:
-        quiet(settings)
-    assert contents(settings.output) == before
-    return str(caught.value)
-
-
-def test_a_directory_that_holds_a_run_is_refused(settings, unbroken):
-    refused(settings(unbroken[0]), r"unbroken holds a run already; choose another --output, or .*"
-                                   "--resume")  # fmt: skip
-
-
-def test_resuming_with_other_settings_lists_each(settings, interrupted):
-    changed = settings(
-        interrupted / "signal",
-        resume=True,
-        seed=3,
-        optim=OptimConfig(lr=5e-3, warmup_steps=2),
-        checkpoint_every=1,  # may differ
-    )
-    message = refused(changed, "was started with other settings")
-    differing = [line for line in message.splitlines() if line.startswith("  ")]
-    assert differing == ["  optim.lr: 0.01 then, 0.005 now", "  seed: 0 then, 3 now"]
-
-
-def test_resuming_on_changed_data_is_refused(settings, model, interrupted, tmp_path):
-    again = tmp_path / "again"
-    shutil.copytree(interrupted / "signal", again)
-    chats = tmp_path / "chats.jsonl"
-    config = (again / "config.toml").read_text()
-    first = tomllib.loads(config)["data"]
-    (again / "config.toml").write_text(config.replace(first, str(chats)))
-    chats.write_text(Path(first).read_text().replace('"no"', '"No"', 1))
-    message = refused(settings(again, data=str(chats), resume=True), "training rows of .*chats")
-    assert "start a new run" in message
-
-
-def test_resuming_on_another_base_is_refused(settings, interrupted, tmp_path):
-    again = tmp_path / "again"
-    shutil.copytree(interrupted / "signal", again)
-    other = write_model(tmp_path / "other", seed=1, num_hidden_layers=2)
-    config = (again / "config.toml").read_text()
-    (again / "config.toml").write_text(config.replace(tomllib.loads(config)["model"], str(other)))
-    resumed = dataclasses.replace(settings(again, resume=True), model=other)
-    message = refused(resumed, "was trained on another base")
-    assert "other values in " in message
-    assert message.endswith("restore that model, or start a new run")
-
-
-def test_resuming_without_a_run_is_refused(settings, tmp_path):
-    with pytest.raises(JloraError, match=r"--resume: .*nothing holds no run \(.*config.toml is"):
-        quiet(settings(tmp_path / "nothing", resume=True))
-    assert not (tmp_path / "nothing").exists()
 
 
 def test_bad_labels_are_refused_before_anything_is_written(settings, data, tmp_path):

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from jlora import canonical, checkpoint, conversion, fingerprint, hub, injection, optim, peft
 from jlora.config import QuantConfig, TrainConfig
-from jlora.data import chat, source
+from jlora.data import chat, split
 from jlora.data.batching import Batch, Batches
 from jlora.errors import JloraError
 from jlora.files import read_template, write_text
@@ -66,7 +66,13 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
     settings = dataclasses.replace(settings, model=Path(base_model.pinned))
     directory = Directory.open(base_model.directory)  # says best what is wrong with it
     with run.elsewhere(settings.data, "--data"):
-        records = source.load_records(settings.data, "train", ignore=settings.loader.ignore)
+        splits = split.read(
+            settings.data,
+            ignore=settings.loader.ignore,
+            valid_fraction=settings.valid_fraction,
+            test_fraction=settings.test_fraction,
+            seed=settings.seed,
+        )
     template = run.chat_template if run.chat_template.is_file() else settings.chat_template
     tokenizer = chat.load_tokenizer(
         directory.path,
@@ -75,7 +81,7 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
         template_name=str(template),
         now=datetime.fromisoformat(settings.now or ""),
     )
-    examples, encoded = chat.encode_all(records, tokenizer, settings.loader.max_length)
+    examples, encoded = chat.encode_all(splits["train"], tokenizer, settings.loader.max_length)
     families.warn_of_length(
         directory.config, max(len(example.tokens) for example in examples), "training rows"
     )
@@ -87,12 +93,20 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
     )
     steps = _steps(settings, batches)
     tx, rate = optim.adamw(settings.optim, steps), optim.schedule(settings.optim, steps)
-    measured = measure.Measure(settings, directory.path, tokenizer)
+    measured = measure.Measure(settings, directory.path, tokenizer, splits)
     say(f"training data: {encoded}; {_padding(batches, settings.loader.max_shapes)}")
-    if strangers := measured.never_met(records):
+    if strangers := measured.never_met():
         say(f"--loader.ignore: no record has {', '.join(strangers)}")
-    if not measured.splits:
-        say("there is no valid or test split: no loss or answers are measured before and after")
+    if settings.valid_fraction or settings.test_fraction:
+        say(
+            f"of the rows in {settings.data} "
+            + ", ".join(f"{len(records)} are for {name}" for name, records in splits.items())
+        )
+    if len(splits) == 1:
+        say(
+            "there is no valid or test split: no loss or answers are measured before and after "
+            "(--valid-fraction 0.1 and --test-fraction 0.1 part some of the rows off for it)"
+        )
     say(f"the first row, what is trained in [[ ]]:\n{chat.show_mask(examples[0], tokenizer)}")
 
     on_cpu = jax.default_backend() == "cpu"
@@ -285,7 +299,7 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
     }
     write_text(run.report, json.dumps(report, indent=2) + "\n")
     say(run.samples.read_text(encoding="utf-8"))
-    if measured.splits:
+    if len(splits) > 1:
         say(measured.table(before, after))
     say(f"\nthe {'adapter' if adapts else 'model'} lies in {output.parent}")
     return report

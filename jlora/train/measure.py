@@ -21,6 +21,7 @@ from jlora.data import chat, source
 from jlora.data.batching import Batch, Batches
 from jlora.data.chat import Example
 from jlora.data.records import Record
+from jlora.data.split import SPLITS
 from jlora.errors import JloraError
 from jlora.evaluate import Done
 from jlora.generation import generate, stop_ids
@@ -44,32 +45,33 @@ class Measured:
 class Measure:
     """Takes the measures that `settings.eval` asks for, on data read once.
 
-    A run on a directory uses its valid split for the loss, its test split for answers (and the
-    labels in its labels.txt), and shows samples of the test, valid or training split.
+    The valid split is used for the loss, the test split for answers (and the labels in labels.txt
+    beside the data), and samples are shown of the test, valid or training split.
 
-    Raises:
-        JloraError: a split that exists but cannot be read, before the run begins.
+    Args:
+        settings: of the run.
+        model_dir: the model's directory.
+        tokenizer: the model's.
+        splits: name of each split -> its records.
     """
 
-    def __init__(self, settings: TrainConfig, model_dir: Path, tokenizer: Any):
-        self.settings, self.tokenizer = settings, tokenizer
-        wanted, data = settings.eval, settings.data
-        self.splits = [split for split in ("valid", "test") if source.has_split(data, split)]
-        ignore = settings.loader.ignore
-        self.read = {
-            split: source.load_records(data, split, ignore=ignore) for split in self.splits
-        }
+    def __init__(
+        self,
+        settings: TrainConfig,
+        model_dir: Path,
+        tokenizer: Any,
+        splits: Mapping[str, Sequence[Record]],
+    ):
+        self.settings, self.tokenizer, self.splits = settings, tokenizer, splits
+        wanted = settings.eval
         # A record whose turns are all context has no answer to compare with.
-        to_train = {
-            split: [record for record in records if record.trained]
-            for split, records in self.read.items()
-        }
-        valid, test = to_train.get("valid", [])[: wanted.loss_rows], to_train.get("test", [])
-        self.valid = valid
-        self.labels = source.read_labels(data)
+        train, valid, test = (
+            [record for record in splits.get(name, ()) if record.trained] for name in SPLITS
+        )
+        self.valid = valid = valid[: wanted.loss_rows]
+        self.labels = source.read_labels(settings.data)
         self.questions = test[: wanted.answer_rows]
-        train = () if test or valid else source.load_records(data, "train", ignore=ignore)
-        self.shown = (test or valid or [r for r in train if r.trained])[: wanted.samples]
+        self.shown = (test or valid or train)[: wanted.samples]
         self.stop_ids = stop_ids(model_dir, tokenizer)
         self.batches = None
         if valid:
@@ -82,9 +84,9 @@ class Measure:
         rows = [[(r.messages, r.tools) for r in rows] for rows in (self.valid, self.questions)]
         return hashlib.sha256(json.dumps([rows, self.labels]).encode()).hexdigest()
 
-    def never_met(self, records: Sequence[Record]) -> list[str]:
-        """Return the keys to be left out that neither these records nor the other splits have."""
-        every = itertools.chain(records, *self.read.values())
+    def never_met(self) -> list[str]:
+        """Return the keys to be left out that no record of any split has."""
+        every = itertools.chain(*self.splits.values())
         met = {name.split(" ")[0] for record in every for name in record.left_out}
         return [key for key in self.settings.loader.ignore if key not in met]
 
