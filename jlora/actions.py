@@ -48,9 +48,9 @@ def evaluate(settings: commands.EvaluateConfig) -> None:
     from jlora.train import measure
 
     split = None if Path(settings.data).is_file() else "test"
-    settings = dataclasses.replace(settings, model=hub.find(settings.model).directory)
     records = source.load_records(settings.data, split, ignore=settings.ignore)[: settings.rows]
     labels = settings.labels or source.read_labels(settings.data)
+    settings = dataclasses.replace(settings, model=hub.find(settings.model).directory)
     paths = [] if settings.adapter is None else [settings.adapter]
     model, tokenizer = load_base(settings, paths)
     for path in paths:

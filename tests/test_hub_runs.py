@@ -179,6 +179,19 @@ def test_the_readmes_first_lines(home, tmp_path, capfd):
         assert jlora.load("merged")(jnp.arange(4)[None]).shape == (1, 4, 259)
 
 
+def test_inspect_needs_no_weights(home, tmp_path, capfd):
+    write_model(tmp_path / "bare", num_hidden_layers=1)
+    (tmp_path / "bare" / "model.safetensors").unlink()
+    write_cache(tmp_path / "cache", NAME, tmp_path / "bare")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        run("inspect", "--model", NAME)
+        assert "trainable params: " in capfd.readouterr().out
+        with pytest.raises(SystemExit):
+            run("eval", "--model", NAME, "--data", "data")
+        assert "the hub's cache" in capfd.readouterr().err
+
+
 def test_a_name_that_the_cache_has_not(home, capfd):
     with pytest.raises(SystemExit) as caught:
         run("inspect", "--model", "org/tinny")

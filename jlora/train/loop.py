@@ -61,10 +61,6 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
     if settings.resume and run.is_finished(settings):
         say(f"{run.path} is finished: this is what it left\n\n{run.samples.read_text('utf-8')}")
         return json.loads(run.report.read_text(encoding="utf-8"))
-    with run.elsewhere(settings.model, "--model"):
-        base_model = hub.find(settings.model)
-    settings = dataclasses.replace(settings, model=Path(base_model.pinned))
-    directory = Directory.open(base_model.directory)  # says best what is wrong with it
     with run.elsewhere(settings.data, "--data"):
         splits = split.read(
             settings.data,
@@ -73,6 +69,10 @@ def train(settings: TrainConfig, say: Callable[[str], None] = print) -> dict[str
             test_fraction=settings.test_fraction,
             seed=settings.seed,
         )
+    with run.elsewhere(settings.model, "--model"):
+        base_model = hub.find(settings.model)
+    settings = dataclasses.replace(settings, model=Path(base_model.pinned))
+    directory = Directory.open(base_model.directory)  # says best what is wrong with it
     template = run.chat_template if run.chat_template.is_file() else settings.chat_template
     tokenizer = chat.load_tokenizer(
         directory.path,
