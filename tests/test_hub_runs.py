@@ -176,7 +176,7 @@ def test_the_readmes_first_lines(home, tmp_path, capfd):
         assert '"eval_loss_after": ' in capfd.readouterr().out
         assert json.loads(Path("run/report.json").read_text())["loss_rows"] == 2
         assert Path("run/adapter/adapter_model.safetensors").is_file()
-        assert jlora.load("merged")(jnp.arange(4)[None]).shape == (1, 4, 259)
+        assert jlora.load("merged")(jnp.arange(4)[None]).shape[:2] == (1, 4)
 
 
 def test_inspect_needs_no_weights(home, tmp_path, capfd):

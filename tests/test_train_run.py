@@ -223,7 +223,8 @@ def test_every_row_that_is_measured_is_counted(parted, monkeypatch):
         yield done
 
     monkeypatch.setattr(measure, "progress", progress)
-    quiet(dataclasses.replace(used, output=used.output.with_name("counted"), steps=1))
+    once = dataclasses.replace(used.eval, every=0)
+    quiet(dataclasses.replace(used, output=used.output.with_name("counted"), eval=once))
     assert counted == [[6, 6]] * 4  # answers and loss, before and after
 
 

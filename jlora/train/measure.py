@@ -82,7 +82,8 @@ class Measure:
     def fingerprint(self) -> str:
         """Return what changes when a row that is measured does, or the labels."""
         rows = [[(r.messages, r.tools) for r in rows] for rows in (self.valid, self.questions)]
-        return hashlib.sha256(json.dumps([rows, self.labels]).encode()).hexdigest()
+        labels = self.labels if self.questions else None
+        return hashlib.sha256(json.dumps([rows, labels]).encode()).hexdigest()
 
     def never_met(self) -> list[str]:
         """Return the keys to be left out that no record of any split has."""
