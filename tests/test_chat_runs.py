@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from helpers import CHAT_TEMPLATE, compilation_cache, write_chats, write_model
-from test_train_run import LORA, OPTIM, quiet, terminate
+from train_cases import LORA, OPTIM, quiet, terminate
 
 from jlora import actions, adapters, cli, combination, commands
 from jlora.config import EvalConfig, LoaderConfig, TrainConfig
