@@ -86,16 +86,15 @@ def revision_of(model: str | Path) -> str | None:
 
 def _absent(path: Path, slip: bool, name: str | None) -> str:
     """Return the message for a name that is no directory here and is not asked of the hub."""
-    text = f"{path}/config.json does not exist: no such directory"
-    if slip:
-        text += nearest(path.name, [entry.name for entry in path.parent.iterdir()])
-        if name is not None:
-            text += f"; the hub's model of that name is {name}@main"
-    text += "" if text.endswith("?") else "."
-    return (
-        f"{text} A model is a Hugging Face directory (jlora fetch and jlora convert write one), or "
-        "a name on the hub: org/name, or org/name@revision"
+    text = (
+        f"{path}/config.json does not exist; --model takes a Hugging Face model directory (jlora "
+        "fetch and jlora convert write one), or a name on the hub: org/name, or org/name@revision"
     )
+    if not slip:
+        return text
+    if name is not None:
+        text += f"; the hub's model of that name is {name}@main"
+    return text + nearest(path.name, [entry.name for entry in path.parent.iterdir()])
 
 
 def _snapshot(name: str, revision: str | None, weights: bool) -> Path:

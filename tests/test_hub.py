@@ -25,7 +25,7 @@ FILES = {
     "onnx/model.onnx": b"another form",
     "original/params.json": b"{}",
 }
-MISSED = "/config.json does not exist: no such directory"
+MISSED = "/config.json does not exist; --model takes a Hugging Face model directory"
 NEEDED = ["chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json"]
 SCRIPT = """
 import json, logging, sys, time
@@ -189,12 +189,12 @@ def test_a_directory_goes_before_the_hub(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("models/smolm", (f"models/smolm{MISSED}; did you mean 'smollm'?",
-                          "the hub's model of that name is models/smolm@main.")),
-        ("{}/models/smolm", (f"/models/smolm{MISSED}; did you mean 'smollm'? A model",)),
-        ("smollm", (f"smollm{MISSED}. A model is a Hugging Face directory",)),
-        ("a/b/c", (f"a/b/c{MISSED}. A model",)),
-        ("~/models", (f"~/models{MISSED}.",)),
+        ("models/smolm", (f"models/smolm{MISSED}", "did you mean 'smollm'?",
+                          "; the hub's model of that name is models/smolm@main;")),
+        ("{}/models/smolm", (f"/models/smolm{MISSED}", "revision; did you mean 'smollm'?")),
+        ("smollm", (f"smollm{MISSED}",)),
+        ("a/b/c", (f"a/b/c{MISSED}",)),
+        ("~/models", (f"~/models{MISSED}",)),
         ("hf://org/tiny", ("hf://org/tiny: a model on the hub is given by its name",)),
         ("gs://bucket/tiny", ("gs://bucket/tiny: no URL is taken here; copy it",)),
     ],

@@ -273,7 +273,7 @@ def test_a_model_that_was_moved(settings, model, tmp_path, method):
     make = functools.partial(settings, tmp_path / "run", method=method, steps=4, checkpoint_every=1)
     interrupted(make(model=tmp_path / "old"), terminate, step=2)
     (tmp_path / "old").rename(tmp_path / "new")
-    message = refused(make(model=tmp_path / "old", resume=True), "no such directory")
+    message = refused(make(model=tmp_path / "old", resume=True), "config.json does not exist")
     assert "if that was moved, say with --model where it is now" in message
     quiet(make(model=tmp_path / "new", resume=True))
     assert Run(tmp_path / "run").settings().model == tmp_path / "new"
