@@ -101,7 +101,7 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
 
     cls, action = actions.COMMANDS[name]
     arguments, file = _take_config(list(arguments), name)
-    default = _defaults(cls, file) if file else None
+    default = _defaults(cls, file, arguments) if file else None
     settings: Any = tyro.cli(
         cls, prog=f"jlora {name}", description=action.__doc__, args=arguments, default=default
     )
@@ -151,13 +151,20 @@ def _resume_spelled(arguments: Sequence[str]) -> list[str]:
     return spelled
 
 
-def _defaults(cls: type, file: Path) -> Any:
-    """The configuration that `file` describes; what it leaves out and must be given stays open."""
+def _defaults(cls: type, file: Path, arguments: Sequence[str]) -> Any:
+    """Return the configuration that `file` describes, less what a flag says in another way.
+
+    What it leaves out and must be given stays open.
+    """
     import tyro
 
     from jlora import conversion
 
     values = conversion.read_toml(file)
+    given = {argument.partition("=")[0] for argument in arguments}
+    for key, other in (("steps", "epochs"), ("epochs", "steps")):
+        if f"--{key}" in given:
+            values.pop(other, None)
     absent = [name for name in conversion.required(cls) if name not in values]
     described: Any = conversion.from_dict(cls, values | dict.fromkeys(absent, ""), where=str(file))
     return dataclasses.replace(described, **dict.fromkeys(absent, tyro.MISSING))

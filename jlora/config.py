@@ -302,9 +302,9 @@ class TrainConfig(Strict):
     """Go on from the last checkpoint in the output directory. auto: or start, where it holds no run
     yet; for scripts that are run again until they are through."""
     steps: int | None = None
-    """Optimiser steps; None means `epochs` times the data."""
-    epochs: float = 1.0
-    """Passes over the training rows, where `steps` is not given."""
+    """Optimiser steps. None: as many as `epochs` has."""
+    epochs: float | None = None
+    """Passes over the training rows, in place of `steps`. None: one, where `steps` is None too."""
     chat_template: Path | None = None
     """File of a chat template (Jinja) to use in place of the model's own. It goes with the run, and
     with what the run exports."""
@@ -341,7 +341,12 @@ class TrainConfig(Strict):
                 f"valid_fraction = {self.valid_fraction} and test_fraction = {self.test_fraction} "
                 "leave nothing to train on: together they must be below 1"
             )
-        if not math.isfinite(self.epochs):
+        if self.steps is not None and self.epochs is not None:
+            raise JloraError(
+                f"steps = {self.steps} and epochs = {self.epochs} each say how long to train; give "
+                "one of them"
+            )
+        if self.epochs is not None and not math.isfinite(self.epochs):
             raise JloraError(f"epochs must be finite, got {self.epochs}")
         try:
             datetime.datetime.fromisoformat(self.now or "2026-01-31")

@@ -377,11 +377,10 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
     "no type": (hand(peft_type=None), ["peft_type is None"]),
     "unsupported": (
         hand(use_dora=True, use_qalora=True, init_lora_weights="pissa", lora_bias=True,
-             layers_pattern="h", fan_in_fan_out=True, unheard_of=3),
+             layer_replication=[[0, 2]], unheard_of=3),
         ["not supported: ", "use_dora = True", "use_qalora = True",
          "init_lora_weights = 'pissa'", "lora_bias = True",
-         "layers_pattern = 'h'",
-         "fan_in_fan_out = True", "unheard_of = 3"],
+         "layer_replication = [[0, 2]]", "unheard_of = 3"],
     ),
     "wrong value": (hand(r="two"), ["adapter_config.json:", "'r': "]),
     "strangers": (

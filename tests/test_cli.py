@@ -123,6 +123,21 @@ def test_targets_from_a_file_are_names(home):
     assert settings.lora.target_modules == ("q_proj", "v_proj")
 
 
+@pytest.mark.parametrize("words", [["--epochs", "2"], ["--epochs=2"]])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_steps_and_epochs_by_flag_beat_either_in_the_file(home, fails, words, resumed):
+    start = ["train", "--resume", "--output", str(home / "run")] if resumed else train(home, "new")
+    settings = cli.parse("train", [*start[1:], *words])
+    assert (settings.steps, settings.epochs) == (None, 2.0)  # steps were the file's
+    (home / "epochs.toml").write_text("epochs = 3.0\n")
+    flags = train(home, "new", "epochs.toml")[1:]
+    assert cli.parse("train", flags).epochs == 3.0
+    settings = cli.parse("train", [*flags, "--steps", "9"])
+    assert (settings.steps, settings.epochs) == (9, None)
+    (home / "both.toml").write_text("epochs = 3.0\nsteps = 2\n")
+    assert "steps = 2 and epochs = 3.0 each say" in fails(*train(home, "new", "both.toml"))
+
+
 @pytest.mark.parametrize("form", [("--output", "{}"), ("--output={}",)])
 @pytest.mark.parametrize(
     ("resume", "value"),

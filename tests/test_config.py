@@ -46,7 +46,6 @@ trains = st.builds(
     output=st.just(Path("runs/one")),
     method=st.sampled_from(["lora", "full"]),
     steps=st.none() | st.integers(1, 9),
-    epochs=numbers,
     dtype=st.sampled_from(["auto", "bfloat16"]),
     scan_layers=st.none() | st.booleans(),
     lora=loras,

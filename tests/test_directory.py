@@ -159,6 +159,27 @@ class TestFiles:
             jlora.load(tied)
         assert caplog.text == ""
 
+    @pytest.mark.parametrize("text", ["{}", "not json", '{"weight_map": {}}', "[" * 100_000])
+    def test_an_index_that_is_none_beside_the_one_file(self, tied: Path, caplog, text) -> None:
+        expected = load_file(tied / WEIGHTS)
+        (tied / INDEX).write_text(text)
+        with caplog.at_level(logging.WARNING, "jlora"):
+            model = jlora.load(tied)
+        np.testing.assert_array_equal(model.model.norm.weight[...], expected[NORM])
+        assert f"read from {WEIGHTS}" in caplog.text
+        assert f"{INDEX} beside it left unread" in caplog.text
+        (tied / WEIGHTS).unlink()
+        with pytest.raises(JloraError, match=r"is not a safetensors index|lacks model"):
+            jlora.load(tied)
+
+    def test_links_that_lead_nowhere(self, tied: Path) -> None:
+        (tied / WEIGHTS).rename(tied / "there")
+        (tied / WEIGHTS).symlink_to("there")
+        jlora.load(tied)
+        (tied / "there").unlink()
+        with pytest.raises(JloraError, match=r"safetensors: it is a link to there, which is not"):
+            jlora.load(tied)
+
     def test_a_shard_that_no_index_names(self, tied: Path, caplog) -> None:
         tensors = in_shards(tied)
         extra = "model-00003-of-00003.safetensors"

@@ -143,6 +143,10 @@ ROPES: dict[str, tuple[dict[str, Any], str]] = {
     "a theta in words": ({"rope_theta": "abc"}, "rope_theta 'abc'"),
     "no number": ({"rope_theta": float("nan")}, "rope_theta nan"),
     "infinity": ({"rope_theta": float("inf")}, "rope_theta inf"),
+    "beyond every float": ({"rope_theta": 10**400}, "rope_theta 1000"),
+    "a factor beyond every float": (
+        {"rope_scaling": {"type": "linear", "factor": 10**309}}, r"rope_scaling\.factor 1000"
+    ),
     "true": ({"rope_theta": True}, "rope_theta True"),
     "a theta within": ({"rope_parameters": {"rope_theta": 0}}, r"rope_parameters\.rope_theta 0"),
     "null within": ({"rope_scaling": {"rope_theta": None}}, r"rope_scaling\.rope_theta None"),
@@ -161,6 +165,13 @@ ROPES: dict[str, tuple[dict[str, Any], str]] = {
     "an original length of null": (
         {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": None}},
         "original_max_position_embeddings None",
+    ),
+    "an original length of null at the top": (
+        {
+            "rope_scaling": LLAMA3 | {"original_max_position_embeddings": 16},
+            "original_max_position_embeddings": None,
+        },
+        " original_max_position_embeddings None",
     ),
     "a kind of null": ({"rope_scaling": {"rope_type": None}}, "of kind None"),
     "yarn": (
@@ -195,6 +206,10 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "other weights": ({"transformers_weights": "x.safetensors"}, "transformers_weights"),
     "another model type": ({"model_type": "gpt2"}, "model_type 'gpt2'"),
     "two families": ({"architectures": ["Qwen3ForCausalLM"]}, "are of two families"),
+    "a model type in a list": ({"model_type": ["llama"]}, r"model_type \['llama'\]"),
+    "a number for a class": ({"architectures": 3}, "architecture '3' is not supported"),
+    "an object for a class": ({"architectures": [{}]}, r"architecture '\{\}' is not supported"),
+    "an eps beyond every float": ({"rms_norm_eps": 10**400}, "rms_norm_eps 1000"),
     "a class of none": (
         {"architectures": ["GPT2LMHeadModel"]},
         "'GPT2LMHeadModel' is not supported",
@@ -232,6 +247,32 @@ def test_rope_scaling_beats_rope_parameters(tmp_path: Path) -> None:
     said = LLAMA3 | {"original_max_position_embeddings": 64}
     assert (freq(rope_scaling=LLAMA3, max_position_embeddings=64) == freq(rope_scaling=said)).all()
     assert (freq(rope_scaling=LLAMA3) != freq(rope_scaling=said)).any()
+
+
+@pytest.mark.parametrize("within", [{}, {"original_max_position_embeddings": 512}])
+@pytest.mark.parametrize("table", ["rope_scaling", "rope_parameters"])
+def test_the_original_length_at_the_top_beats_that_within(within, table, tmp_path: Path) -> None:
+    """As Phi-3 writes it; transformers moves it into the table for each family."""
+    about = {"model_type": "llama", **SIZES, "max_position_embeddings": 1024}
+    top = {table: LLAMA3 | within, "original_max_position_embeddings": 64}
+    expected = {table: LLAMA3 | {"original_max_position_embeddings": 64}}
+    got = read(tmp_path, **about, **top).inv_freq
+    assert got == read(tmp_path, **about, **expected).inv_freq
+    assert got != read(tmp_path, **about, **{table: LLAMA3 | within}).inv_freq
+    linear = {"rope_scaling": {"type": "linear", "factor": 2.0}}  # which has no use for it
+    assert read(tmp_path, **about, **linear, original_max_position_embeddings=None).inv_freq
+
+
+def test_nothing_said_of_a_part_of_the_head(tmp_path: Path) -> None:
+    about = {"model_type": "llama", **SIZES}
+    assert read(tmp_path, **about, partial_rotary_factor=None) == read(tmp_path, **about)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' * 100_000, "{", "\ufeff{}", ""])
+def test_what_is_no_json(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(JloraError, match=r"config\.json is not JSON"):
+        families.read_config(tmp_path)
 
 
 class TestWindows:

@@ -76,6 +76,34 @@ class TestSettings:
         np.testing.assert_array_equal(logits(base, tmp_path / "a"), expected)
         assert jlora.LoraConfig(layers_to_transform=()).layers_to_transform is None
 
+    @pytest.mark.parametrize("pattern", ["layers", ["layers", "h"], "", [], None])
+    def test_what_stands_before_a_layers_number(self, base: Path, tmp_path: Path, pattern) -> None:
+        expected = logits(base, written(base, tmp_path / "a", layers_to_transform=(1,)))
+        choice = {"layers_to_transform": [1], "target_modules": ["q_proj", "up_proj"]}
+        configure(tmp_path / "a", **choice, layers_pattern=pattern)
+        np.testing.assert_array_equal(logits(base, tmp_path / "a"), expected)
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"fan_in_fan_out": True},
+            {"megatron_core": "megatron.core"},
+            {"megatron_core": "my.core", "megatron_config": None},
+        ],
+        ids=str,
+    )
+    def test_what_changes_nothing(self, base: Path, tmp_path: Path, changes: dict) -> None:
+        expected = logits(base, written(base, tmp_path / "a"))
+        configure(tmp_path / "a", **changes)
+        np.testing.assert_array_equal(logits(base, tmp_path / "a"), expected)
+
+    @pytest.mark.parametrize(
+        "changes", [{"r": None}, {"lora_alpha": None}, {"r": None, "lora_alpha": None}], ids=str
+    )
+    def test_null_is_no_default(self, base: Path, tmp_path: Path, changes: dict) -> None:
+        configure(written(base, tmp_path / "a", r=8, lora_alpha=8), **changes)
+        assert f"{', '.join(changes)}: null" in refused(base, tmp_path / "a")
+
     def test_a_layer_is_no_truth(self, base: Path, tmp_path: Path) -> None:
         configure(written(base, tmp_path / "a"), layers_to_transform=True)
         assert "layers_to_transform" in refused(base, tmp_path / "a")

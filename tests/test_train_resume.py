@@ -262,9 +262,27 @@ def test_more_epochs(settings, tmp_path):
     assert Run(first.output).settings().epochs == 2.0
 
 
-def test_epochs_that_steps_would_go_before_are_refused(settings, unbroken):
-    message = refused(settings(unbroken[0], resume=True, epochs=9.0), "started with --steps 8")
-    assert message.endswith("say with --steps how far it is to go")
+def test_epochs_after_steps_and_steps_after_epochs(settings, unbroken, tmp_path):
+    run = Run(tmp_path / "run")
+    shutil.copytree(unbroken[0], run.path)
+    assert quiet(settings(run.path, resume=True, steps=None, epochs=4.0))["steps"] == 12
+    assert (run.settings().steps, run.settings().epochs) == (None, 4.0)
+    assert quiet(settings(run.path, resume=True, steps=13))["steps"] == 13
+    assert (run.settings().steps, run.settings().epochs) == (13, None)
+
+
+def test_a_run_that_wrote_steps_and_epochs_goes_on(settings, unbroken, tmp_path):
+    run = Run(tmp_path / "run")
+    shutil.copytree(unbroken[0], run.path)
+    run.config_file.write_text("epochs = 1.0\n" + run.config_file.read_text())
+    assert run.settings() == Run(unbroken[0]).settings()
+    assert quiet(settings(run.path, resume=True, steps=9))["steps"] == 9
+
+
+@pytest.mark.parametrize("epochs", [0.5, 1.0, 3.0])
+def test_steps_and_epochs_are_too_much(settings, tmp_path, epochs):
+    with pytest.raises(JloraError, match=f"steps = 8 and epochs = {epochs} each say how long"):
+        settings(tmp_path / "run", epochs=epochs)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -111,7 +111,7 @@ def read_config(path: Path) -> ModelConfig:
         raise JloraError(f"{file} does not exist; {expected}")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise JloraError(f"{file} is not JSON: {error}; fetch the model again") from None
     if not isinstance(config, dict):
         raise JloraError(f"{file} holds no JSON object; fetch the model again")
@@ -160,11 +160,11 @@ def _family(file: Path, config: Config) -> Family:
         JloraError: neither is known, or they are of two families.
     """
     named = config.get("architectures") or []
-    architectures = [named] if isinstance(named, str) else list(named)
+    architectures = [str(name) for name in (named if isinstance(named, list) else [named])]
     by_class = {family.architecture: kind for kind, family in FAMILIES.items()}
     said = next((by_class[name] for name in architectures if name in by_class), None)
     kind = config.get("model_type") or said
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         known = f"these are: {', '.join(f'{n} ({f.architecture})' for n, f in FAMILIES.items())}"
         what = f"model_type {config.get('model_type')!r}, architectures {named!r}"
         raise JloraError(f"{file}: {what}: this architecture is not supported; {known}")
@@ -174,7 +174,7 @@ def _family(file: Path, config: Config) -> Family:
             "transformers goes by model_type: make both say what the weights are"
         )
     # "LlamaModel" and "LLaMAForCausalLM" are llama's own too.
-    if architectures and not any(str(n).lower().startswith(kind) for n in architectures):
+    if architectures and not any(n.lower().startswith(kind) for n in architectures):
         raise JloraError(
             f"{file}: architecture {architectures[0]!r} is not supported, though model_type is "
             f"{kind!r}: where the weights are of that family, say {FAMILIES[kind].architecture!r}"

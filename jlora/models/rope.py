@@ -1,6 +1,7 @@
 """Rotary frequencies from what a config.json says of them, as transformers 5 reads it."""
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ _FIELDS = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
 _LONGEST = "original_max_position_embeddings"
+_LARGEST = sys.float_info.max
 THETA = 10000.0
 """The base of the frequencies where a configuration gives none, in each of our families."""
 
@@ -22,7 +24,8 @@ def inverse_frequencies(
 ) -> tuple[tuple[float, ...], list[str]]:
     """Return the rotary frequencies of a configuration, and what is wrong with its fields.
 
-    `rope_scaling` beats `rope_parameters`, and what these say beats the top level.
+    `rope_scaling` beats `rope_parameters`, and what these say beats the top level, but for the
+    original length, where the top level's beats theirs.
 
     Args:
         config: what config.json holds.
@@ -53,14 +56,16 @@ def inverse_frequencies(
     own = "rope_theta" in rope
     name = f"{source}.rope_theta" if own else "rope_theta"
     theta = positive(name, rope["rope_theta"] if own else config.get("rope_theta", THETA))
-    for where, given in ((f"{source}.", rope), ("", config)):
-        if (partial := given.get("partial_rotary_factor", 1)) != 1:
+    for where, given, neutral in ((f"{source}.", rope, (1,)), ("", config, (1, None))):
+        if (partial := given.get("partial_rotary_factor", 1)) not in neutral:
             problems.append(f"{where}partial_rotary_factor {partial!r} (only 1)")
     lacking = [f"{source}.{key}" for key in _FIELDS[kind] if key not in rope]
     problems += [f"rotary scaling {kind!r} lacks {key}" for key in lacking]
     values = {key: positive(f"{source}.{key}", rope[key]) for key in _FIELDS[kind] if key in rope}
     if kind == "llama3":
-        values[_LONGEST] = positive(f"{source}.{_LONGEST}", rope.get(_LONGEST, max_positions))
+        top = _LONGEST in config
+        longest = config[_LONGEST] if top else rope.get(_LONGEST, max_positions)
+        values[_LONGEST] = positive(_LONGEST if top else f"{source}.{_LONGEST}", longest)
         low, high = (values.get(f"{end}_freq_factor", 0.0) for end in ("low", "high"))
         if not problems and low >= high:
             problems.append(f"{source}.high_freq_factor {high:g} (only above low_freq_factor)")
@@ -77,8 +82,8 @@ def inverse_frequencies(
 
 
 def is_number(value: Any) -> bool:
-    """Return whether a value of JSON is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Return whether a value of JSON is a number, and one that a float can be."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
 def _plain(theta: float, head_dim: int) -> np.ndarray:

@@ -179,7 +179,13 @@ def _files(model_dir: Path) -> tuple[list[str], bool]:
     """
     index, single = model_dir / INDEX, (model_dir / WEIGHTS).is_file()
     shards = sorted(file.name for file in model_dir.glob("*") if _SHARD.fullmatch(file.name))
-    listed = _listed(index) if index.is_file() else []
+    listed: list[str] = []
+    if index.is_file():
+        try:
+            listed = _listed(index)
+        except JloraError:
+            if not single:  # beside which any index is left unread
+                raise
     if not single and not listed:
         raise JloraError(_without_weights(model_dir, shards))
     names = [WEIGHTS] if single else listed
@@ -189,7 +195,7 @@ def _files(model_dir: Path) -> tuple[list[str], bool]:
             "again"
         )
     unread = [name for name in shards if name not in names]
-    if single and listed not in ([], [WEIGHTS]):
+    if single and index.is_file() and listed != [WEIGHTS]:
         unread = [INDEX, *unread]
     if unread:
         more = f" and {len(unread) - 5} more" if len(unread) > 5 else ""
@@ -205,13 +211,15 @@ def _listed(index: Path) -> list[str]:
     try:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         return sorted({str(Path(name)) for name in names})
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise JloraError(f"{index} is not a safetensors index; fetch it again") from None
 
 
 def _without_weights(model_dir: Path, shards: list[str]) -> str:
     """Return what to say of a directory without weights, or with such as are not read."""
     lacks = f"{model_dir} lacks {WEIGHTS}"
+    if (link := model_dir / WEIGHTS).is_symlink():
+        return f"{lacks}: it is a link to {link.readlink()}, which is not there; fetch it again"
     if shards:
         return f"{lacks}, and {INDEX}, which says what {shards[0]} is part of: fetch that too"
     pickled = sorted(file.name for file in model_dir.glob("*.bin"))
@@ -221,7 +229,7 @@ def _without_weights(model_dir: Path, shards: list[str]) -> str:
             "code: where torch is, convert it with transformers' AutoModelForCausalLM"
             f".from_pretrained({str(model_dir)!r}).save_pretrained(...)"
         )
-    others = sorted(file.name for file in model_dir.glob("*.safetensors"))
+    others = sorted(file.name for file in model_dir.glob("*.safetensors") if file.is_file())
     there = f" ({', '.join(others[:3])} is there, and is not it)" if others else ""
     return f"{lacks}{there}; weights must be safetensors: fetch or convert the model again"
 

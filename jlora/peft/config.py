@@ -23,6 +23,9 @@ _INERT = {
     "low_cpu_mem_usage", "corda_config", "eva_config", "loftq_config", "lora_ga_config",
     "ensure_weight_tying",  # where it matters the file has the tied head too
     "qalora_group_size",  # use_qalora says whether it counts
+    "megatron_core",  # megatron_config says whether it counts
+    "fan_in_fan_out",  # of how torch keeps the base's weight; factors are the same
+    "layers_pattern",  # what stands before a layer's number; each tensor has its place here anyway
 }  # fmt: skip
 # Other ways of initialising change the base weights whenever the adapter is loaded.
 _BASE_KEPT = (None, True, False, "gaussian", "orthogonal", "eva")
@@ -31,7 +34,6 @@ _READ = (
     "rank_pattern", "alpha_pattern", "use_rslora", "task_type", "bias", "modules_to_save",
     "trainable_token_indices",
 )  # fmt: skip
-_NEUTRAL: dict[str, Any] = {"megatron_core": "megatron.core"}
 # Modules that PEFT puts into an adapted layer, and then finds like the model's.
 _PEFTS = ("base_layer", "lora_dropout", "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B",
           "lora_magnitude_vector")  # fmt: skip
@@ -196,7 +198,7 @@ def read_config(file: Path) -> config.LoraConfig:
     unsupported = [
         f"{key} = {value!r}"
         for key, value in settings.items()
-        if key not in _INERT and key not in _READ and value and value != _NEUTRAL.get(key)
+        if key not in _INERT and key not in _READ and value
     ]
     if settings.get("init_lora_weights") not in _BASE_KEPT:
         unsupported.append(f"init_lora_weights = {settings['init_lora_weights']!r}")
@@ -207,6 +209,8 @@ def read_config(file: Path) -> config.LoraConfig:
             f"{file}: target_modules is {settings.get('target_modules')!r}, which leaves the "
             "choice to PEFT's table of model types; write the names of the layers there"
         )
+    if null := [key for key in ("r", "lora_alpha") if settings.get(key, 0) is None]:
+        raise JloraError(f"{file}: {', '.join(null)}: null, and only a number will do")
     values = {key: settings[key] for key in _READ if settings.get(key) is not None}
     if huge := [key for key, value in values.items() if _too_large(value)]:
         raise JloraError(f"{file}: {', '.join(huge)}: a number beyond {_LARGEST}; copy it again")

@@ -309,7 +309,8 @@ def _steps(settings: TrainConfig, batches: Batches) -> int:
     """Return how many steps a run has in all."""
     if settings.steps is not None:
         return settings.steps
-    return math.ceil(settings.epochs * batches.batches_per_epoch)
+    epochs = 1.0 if settings.epochs is None else settings.epochs
+    return math.ceil(epochs * batches.batches_per_epoch)
 
 
 def _quant(settings: TrainConfig, directory: Directory) -> QuantConfig | None:

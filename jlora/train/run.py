@@ -80,11 +80,6 @@ class Run:
                 + "\n".join(differing)
                 + "\nresume with the same ones, or start a new run in another --output"
             )
-        if wanted.steps == first.steps is not None and wanted.epochs != first.epochs:
-            raise JloraError(
-                f"--resume: {self.path} was started with --steps {first.steps}, which goes before "
-                f"--epochs {wanted.epochs}: say with --steps how far it is to go"
-            )
         unsaid = hub.revision_of(wanted.model) is None and hub.same_name(wanted.model, first.model)
         return dataclasses.replace(
             wanted,
@@ -99,6 +94,8 @@ class Run:
             JloraError: there is no such file, or not one of a run.
         """
         values = conversion.read_toml(self.config_file)
+        if "steps" in values:  # which counted where older runs wrote both
+            values.pop("epochs", None)
         return conversion.from_dict(TrainConfig, values, where=str(self.config_file))
 
     def find_model(self, moved_to: Path | None = None) -> hub.Model:

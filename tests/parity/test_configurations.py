@@ -47,6 +47,12 @@ CASES: dict[str, tuple[str, dict[str, Any], set[str]]] = {
     "llama3 in qwen3": (
         "qwen3", {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 16}}, {"head_dim"}
     ),
+    "llama3 with the original length at the top": (
+        "llama",
+        {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 32},
+         "original_max_position_embeddings": 8},
+        set(),
+    ),
     "no rope at all": ("mistral", {}, {"rope_theta"}),
     "no eps": ("llama", {}, {"rms_norm_eps"}),
     "swish": ("mistral", {"hidden_act": "swish"}, set()),

@@ -52,6 +52,13 @@ CASES: dict[str, tuple[dict[str, Any], str, Any]] = {
     "the first layer": (Q | {"layers_to_transform": [0]}, "qwen3", lambda at: configure(
         at, layers_to_transform=0)),
     "no layers are all": (Q, "mistral", lambda at: configure(at, layers_to_transform=[])),
+    "what stands before the number": (
+        Q | {"layers_to_transform": [1], "layers_pattern": ["layers", "h"]}, "llama",
+        lambda at: None,
+    ),
+    "axes that torch keeps as they are": (
+        Q, "qwen3", lambda at: configure(at, fan_in_fan_out=True)
+    ),
     "an adapter's name in the names": (Q, "llama", default_infix),
     "the same of an embedding": (
         {"target_modules": ["embed_tokens", "q_proj"]}, "llama",
