@@ -17,9 +17,11 @@ from jlora.places import local
 
 _NAME = re.compile(r"(?P<name>\w[\w.-]*/[\w.-]*\w)(@(?P<revision>[^@]+))?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_TIMEOUT = 4.0  # seconds until the hub counts as out of reach, where HF_HUB_ETAG_TIMEOUT is not set
+_TIMEOUT = 2.5  # seconds until the hub counts as out of reach, where HF_HUB_ETAG_TIMEOUT is not set
 
 _INDEX = "model.safetensors.index.json"
+# What a model mostly has: where its commit is here and these are, the hub has nothing to add.
+_USUAL = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
 # What is downloaded: no weights in other forms, and nothing in other directories.
 _WEIGHTS = ["model.safetensors", "model-*.safetensors", _INDEX]
 _BESIDE = [
@@ -100,8 +102,8 @@ def _absent(path: Path, slip: bool, name: str | None) -> str:
 def _snapshot(name: str, revision: str | None, weights: bool) -> Path:
     """Return the directory of one commit in the hub's cache, whole.
 
-    A commit that the cache holds is not asked about; where the hub cannot be reached, what the
-    cache holds of a branch or tag is used, with a word.
+    A commit that the cache holds, tokenizer and all, is not asked about; where the hub cannot be
+    reached, what the cache holds is used, with a word.
     """
     import huggingface_hub as hf
 
@@ -118,8 +120,9 @@ def _snapshot(name: str, revision: str | None, weights: bool) -> Path:
             return None
         return None if _lacks(directory, weights) else directory
 
-    if revision and _COMMIT.fullmatch(revision) and (directory := cached()):
-        return directory
+    pinned = cached() if revision and _COMMIT.fullmatch(revision) else None
+    if pinned and all((pinned / file).is_file() for file in _USUAL):
+        return pinned
     try:
         _demand_answer(name, revision)
         directory = Path(hf.snapshot_download(**wanted))
