@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from jlora.errors import JloraError
-from jlora.places import local, place, url_of
+from jlora.places import local, place, reaching, url_of
 
 TEMPLATE_FILE = "chat_template.jinja"
 """Name of the file in which a model, a run or an adapter has its chat template."""
@@ -84,8 +84,12 @@ def read_template_of(adapter: Path) -> str | None:
 
     None where it was the model's own.
     """
-    file = (adapter if url_of(adapter) is None else place(adapter)) / TEMPLATE_FILE
-    return read_template(file) if file.is_file() else None
+    if url_of(adapter) is None:
+        file = adapter / TEMPLATE_FILE
+        return read_template(file) if file.is_file() else None
+    with reaching(adapter):
+        file = place(adapter) / TEMPLATE_FILE
+        return read_template(file) if file.is_file() else None
 
 
 # safetensors' name of a dtype -> NumPy's

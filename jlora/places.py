@@ -16,15 +16,18 @@ from jlora.errors import JloraError
 if TYPE_CHECKING:
     from etils import epath
 
-_URL = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]+):/+(?P<rest>.*)", re.IGNORECASE)
+_URL = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]+):(?:(?P<slashes>/+)(?P<rest>.*))?", re.IGNORECASE)
 BUCKETS = ("gs", "s3")
 """Schemes that Orbax reads and writes, with `gcsfs` or `s3fs` beside it."""
 
 
 def url_of(path: Any) -> str | None:
     """Return the URL that `path` is, with the slash that pathlib took from it; None for others."""
-    found = _URL.fullmatch(str(path))
-    return f"{found['scheme'].lower()}://{found['rest']}" if found else None
+    if (found := _URL.fullmatch(str(path))) is None:
+        return None
+    scheme = found["scheme"].lower()  # after "file" comes no host, and a path from the root
+    slashes = "///" if scheme == "file" and found["slashes"] != "//" else "//"
+    return f"{scheme}:{slashes}{found['rest'] or ''}"
 
 
 def local(path: str | Path, what: str = "") -> Path:
@@ -121,5 +124,7 @@ def _refusal(url: str, what: str, *, allowed: bool = False) -> str:
     title = f"{what} {url}".strip()
     if scheme == "hf" and what in ("", "--model"):
         return f"{title}: a model on the hub is given by its name alone: {rest}"
+    if scheme == "file":
+        return f"{title}: what is here is given by its path alone: {rest}"
     taken = "gs:// and s3:// alone are" if allowed else "no URL is"
     return f"{title}: {taken} taken here; copy it to or from a local path, and give that"

@@ -12,7 +12,7 @@ from helpers import Mlp, write_model
 import jlora
 from jlora import adapters, checkpoint, cli, places
 from jlora.errors import JloraError
-from jlora.files import new_directory
+from jlora.files import new_directory, read_template_of
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,13 @@ def injected():
         ("S3://bucket", "s3://bucket"),
         (epath.Path("gs://bucket/x"), "gs://bucket/x"),
         ("https://host/a?b=c", "https://host/a?b=c"),
-        ("file:///tmp", "file://tmp"),
+        ("file:///tmp", "file:///tmp"),
+        (Path("file:///tmp"), "file:///tmp"),
+        ("file://host/tmp", "file://host/tmp"),
+        ("gs://", "gs://"),
+        (Path("gs://"), "gs://"),
+        (Path("s3:"), "s3://"),
+        ("C:", None),
         ("/tmp/x", None),
         ("a:b/c", None),
         ("org/name:config", None),
@@ -81,6 +87,17 @@ def test_a_url_is_refused_by_name(capsys, command, scheme):
     assert capsys.readouterr().err == (
         f"jlora: {FLAGS[command]} {url}: no URL is taken here; copy it to or from a local path, "
         "and give that\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "flag"), [*FLAGS.items(), ("eval --model m --data d --adapter {}", "--adapter")]
+)
+def test_what_is_here_is_given_by_its_path(capsys, command, flag):
+    with pytest.raises(SystemExit):
+        cli.main(command.format("file:///a/b").split())
+    assert capsys.readouterr().err == (
+        f"jlora: {flag} file:///a/b: what is here is given by its path alone: /a/b\n"
     )
 
 
@@ -127,6 +144,7 @@ def test_what_a_bucket_needs_is_said(injected):
         lambda: jlora.save_adapter("gs://bucket/x", model, config),
         lambda: jlora.load_adapter("gs://bucket/x", model),
         lambda: jlora.combine_adapters(["gs://bucket/x"], [1.0]),
+        lambda: read_template_of(Path("gs://bucket/x")),
     ):
         with pytest.raises(JloraError) as caught:
             call()
