@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import os
 import shutil
 import tomllib
 from pathlib import Path
@@ -179,6 +180,32 @@ def test_resuming_on_another_base_is_refused(settings, stopped, tmp_path):
     message = refused(resumed, "was trained on another base")
     assert "other values in " in message
     assert message.endswith("restore that model, or start a new run")
+
+
+@pytest.mark.parametrize("resume", [False, "auto"])
+def test_where_nothing_can_be_written(settings, unbroken, tmp_path, monkeypatch, resume):
+    monkeypatch.setattr("jlora.train.loop.split.read", None)  # it is said before any work
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(JloraError, match=r"file/a/b: .*file is a file; choose another --output"):
+        quiet(settings(tmp_path / "file" / "a" / "b", resume=resume))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(JloraError, match=f"new/run: {tmp_path} is not to be written to; choose"):
+        quiet(settings(tmp_path / "new" / "run", resume=resume))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(JloraError, match=f"run: {tmp_path} is not to be written to"):
+        quiet(settings(Path("run"), resume=resume))
+    if resume:
+        with pytest.raises(JloraError, match="unbroken is not to be written to"):
+            quiet(settings(unbroken[0], resume=resume, steps=9))
+
+
+@pytest.mark.parametrize("given", ["model", "data"])
+def test_what_is_nowhere_is_said_with_where_it_was(settings, unbroken, tmp_path, given):
+    changes = {given: tmp_path / "gone" if given == "model" else str(tmp_path / "gone")}
+    wanted = dataclasses.replace(settings(unbroken[0], resume=True, steps=9), **changes)
+    first = getattr(Run(unbroken[0]).settings(), given)
+    message = refused(wanted, "gone")
+    assert f"began with {first}: if that was moved, say with --{given} where it is" in message
 
 
 def test_resuming_without_a_run_is_refused(settings, tmp_path):

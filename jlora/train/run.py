@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
@@ -49,6 +50,7 @@ class Run:
                 there is no run, or one with other settings (each is named).
         """
         local(self.path, "output")
+        self._check_writable()
         resume = self.config_file.is_file() if wanted.resume == "auto" else wanted.resume
         wanted = dataclasses.replace(wanted, resume=resume)
         now = wanted.now or datetime.now().isoformat(timespec="seconds")
@@ -87,6 +89,20 @@ class Run:
             now=wanted.now or first.now or now,
         )
 
+    def _check_writable(self) -> None:
+        """Refuse a directory that cannot be made or written, before hours of work are lost to it.
+
+        Raises:
+            JloraError: it is within a file, or in a directory that this user may not write to.
+        """
+        known = next(each for each in (self.path, *self.path.absolute().parents) if each.exists())
+        if known != self.path and not known.is_dir():
+            raise JloraError(f"{self.path}: {known} is a file; choose another --output")
+        if not os.access(known, os.W_OK):
+            raise JloraError(
+                f"{self.path}: {known} is not to be written to; choose another --output"
+            )
+
     def settings(self) -> TrainConfig:
         """Return the settings in config.toml; those that are newer than it have their defaults.
 
@@ -110,7 +126,7 @@ class Run:
 
     @contextmanager
     def elsewhere(self, place: str | Path, flag: str) -> Iterator[None]:
-        """Add to an error, where a run goes on and `place` is gone, how to say where it is now.
+        """Add to an error, where a run goes on and `place` is not there, how to say where it is.
 
         Raises:
             JloraError: the block raised it.
@@ -120,8 +136,9 @@ class Run:
         except JloraError as error:
             if not self.config_file.is_file() or Path(place).exists():
                 raise
+            first = getattr(self.settings(), flag.removeprefix("--"))
             raise JloraError(
-                f"{error}\nThe run in {self.path} began with {place}: if that was moved, say with "
+                f"{error}\nThe run in {self.path} began with {first}: if that was moved, say with "
                 f"{flag} where it is now; it is compared by what it holds"
             ) from None
 
