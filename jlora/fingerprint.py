@@ -1,7 +1,8 @@
 """Which base an adapter was trained on: its class, its shapes, and a hash of some of each weight.
 
-The same for float32 and bfloat16, before and after injection, and of an NNX model for stacked and
-unrolled layers; a Linen tree's layers have the names that they have there.
+Of a model of `jlora.load`, what its outputs depend on beside these too. The same for float32 and
+bfloat16, before and after injection, and of an NNX model for stacked and unrolled layers; a Linen
+tree's layers have the names that they have there.
 """
 
 import dataclasses
@@ -43,6 +44,8 @@ class Fingerprint:
     """The same -> CRC-32 of evenly spaced values in bfloat16; weights in codes have none."""
     quant: dict[str, Any] = dataclasses.field(default_factory=dict)
     """kind, block_size and double_quant of the weights in codes, where there are some."""
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What its outputs depend on beside all this, where that is known, as of `jlora.load`."""
 
     def __str__(self) -> str:
         """One line: class, size, a hash of the hashes, and the kind of quantised weights."""
@@ -52,7 +55,9 @@ class Fingerprint:
         return f"{self.architecture}, {size:,d} parameters{kind}, hash {whole:08x}"
 
     def differences(self, other: "Fingerprint") -> list[str]:
-        """What another base has otherwise, a line for each kind; hashes count where both have one.
+        """What another base has otherwise, a line for each kind.
+
+        Hashes and settings count where both have them.
 
         Args:
             other: the base that is there now.
@@ -72,6 +77,10 @@ class Fingerprint:
         hashed = [p for p in self.hashes if p in other.hashes and p in alike]
         if changed := [p for p in hashed if self.hashes[p] != other.hashes[p]]:
             lines.append(f"other values in {len(changed)} of {len(hashed)}: {_few(changed)}")
+        for name in self.settings:
+            then, now = self.settings[name], other.settings.get(name, self.settings[name])
+            if then != now:
+                lines.append(f"{name}: {then} then, {now} now")
         return lines
 
     def quant_config(self) -> QuantConfig | None:
@@ -95,7 +104,8 @@ def of(model: Any, params: Any = None) -> Fingerprint:
     """
     stacks = injection.stacks(model) if params is None else {}
     leaves = injection.base_leaves(model if params is None else params)
-    return of_leaves(_class(model).__name__, leaves.items(), stacks)
+    found = of_leaves(_class(model).__name__, leaves.items(), stacks)
+    return dataclasses.replace(found, settings=_settings(model))
 
 
 def of_directory(model_dir: Path | Directory, model: CausalLM) -> Fingerprint:
@@ -112,7 +122,9 @@ def of_directory(model_dir: Path | Directory, model: CausalLM) -> Fingerprint:
     """
     if not isinstance(model_dir, Directory) and not has_weights(model_dir):
         return of(model)
-    return of_leaves(type(model).__name__, load.views(Directory.open(model_dir), model), {})
+    leaves = load.views(Directory.open(model_dir), model)
+    found = of_leaves(type(model).__name__, leaves, {})
+    return dataclasses.replace(found, settings=_settings(model))
 
 
 def of_leaves(
@@ -195,6 +207,10 @@ def _sample(leaf: Any, stacked: bool) -> Any:
 
 
 _sample_jit = functools.partial(jax.jit, static_argnums=1)(_sample)
+
+
+def _settings(model: Any) -> dict[str, Any]:
+    return model.config.beside_shapes() if isinstance(model, CausalLM) else {}
 
 
 def _class(model: Any) -> type:

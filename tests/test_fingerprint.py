@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -57,6 +58,46 @@ def test_it_is_that_of_the_base_however_this_is_held(model_dir: Path) -> None:
     abstract = fingerprint.of(load.abstract(model_dir, scan_layers=True))
     assert abstract == dataclasses.replace(expected, hashes={})
     assert abstract.differences(expected) == expected.differences(abstract) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rope_theta": 500.0}, "rotary frequencies (rope_theta, rope_scaling), hash: "),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rotary frequencies"),
+        ({"rms_norm_eps": 1e-3}, "rms_norm_eps: 1e-05 then, 0.001 now"),
+        ({"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16},
+         "num_attention_heads: 4 then, 2 now"),
+        ({"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 4},
+         "windows: [] then, [4, 4] now"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_a_configuration_changes_and_no_weight_shows(
+    changes: dict, said: str, model_dir: Path, tmp_path: Path
+) -> None:
+    model = jlora.inject(jlora.load(model_dir), CONFIG, rngs=nnx.Rngs(0))
+    jlora.save_adapter(tmp_path / "a", model, CONFIG)
+    jlora.export_peft(tmp_path / "b", model, CONFIG)
+    other = shutil.copytree(model_dir, tmp_path / "m")
+    about = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(about | {"bos_token_id": 5}))
+    for path in ("a", "b"):  # nothing that an output depends on
+        jlora.load_adapter(tmp_path / path, jlora.load(other))
+    (other / "config.json").write_text(json.dumps(about | changes))
+    x = jnp.arange(12, dtype=jnp.int32)[None]
+    assert np.abs(jlora.load(other)(x) - jlora.load(model_dir)(x)).max() > 1e-6
+    for path in ("a", "b"):
+        with pytest.raises(JloraError, match="was trained on another base than this") as caught:
+            jlora.load_adapter(tmp_path / path, jlora.load(other))
+        lines = [line for line in str(caught.value).splitlines() if line.startswith("  ")]
+        assert said in lines[0]
+        assert len(lines) == 1 + ("head_dim" in changes)  # of which there are other frequencies
+        jlora.load_adapter(tmp_path / path, jlora.load(other), force=True)
+    now = fingerprint.of_directory(other, load.abstract(other))
+    assert now == fingerprint.of(jlora.load(other, scan_layers=True))
+    older = dataclasses.replace(fingerprint.of(model), settings={})  # of before they were kept
+    assert older.differences(now) == now.differences(older) == []
 
 
 def test_what_is_trained_as_a_whole_is_hashed_as_it_was() -> None:

@@ -6,10 +6,12 @@ run by a scan). Linear layers are stock `nnx.Linear`, so that adapters know how 
 
 import dataclasses
 import functools
+import zlib
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -42,6 +44,16 @@ class ModelConfig:
     """Positions that the model was made for; what is beyond is computed all the same."""
     windows: tuple[int | None, ...] = ()
     """How many slots each layer's queries see, up to their own; None for all; () for all in all."""
+
+    def beside_shapes(self) -> dict[str, Any]:
+        """Return what outputs depend on that no parameter and no shape says, as JSON has it."""
+        rotary = np.asarray(self.inv_freq, np.float32)
+        return {
+            "num_attention_heads": self.num_attention_heads,
+            "rms_norm_eps": self.rms_norm_eps,
+            "rotary frequencies (rope_theta, rope_scaling), hash": f"{zlib.crc32(rotary):08x}",
+            "windows": list(self.windows),
+        }
 
 
 class RMSNorm(nnx.Module):
