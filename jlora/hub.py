@@ -127,9 +127,9 @@ def _snapshot(name: str, revision: str | None, weights: bool) -> Path:
         _demand_answer(name, revision)
         directory = Path(hf.snapshot_download(**wanted))
     except Exception as error:  # of many libraries; each has its cause in the message
-        if directory := cached():
+        if here := cached():
             _log.warning("%s: %s; what its cache holds is used", name, _cause(error))
-            return directory
+            return here
         raise JloraError(_refusal(name, revision, weights, error)) from error
     if lacks := _lacks(directory, weights):
         raise JloraError(

@@ -47,11 +47,11 @@ class ModelConfig:
 
     def beside_shapes(self) -> dict[str, Any]:
         """Return what outputs depend on that no parameter and no shape says, as JSON has it."""
-        rotary = np.asarray(self.inv_freq, np.float32)
+        rotary = zlib.crc32(np.asarray(self.inv_freq, np.float32).tobytes())
         return {
             "num_attention_heads": self.num_attention_heads,
             "rms_norm_eps": self.rms_norm_eps,
-            "rotary frequencies (rope_theta, rope_scaling), hash": f"{zlib.crc32(rotary):08x}",
+            "rotary frequencies (rope_theta, rope_scaling), hash": f"{rotary:08x}",
             "windows": list(self.windows),
         }
 
