@@ -1,7 +1,7 @@
 # make demo    fine-tune a real language model on real data, in under 15 minutes on two cores
 # make test    the test suite
 # make lint    ruff (style and format) and mypy (types)
-# make foreign  models of other libraries, in an environment with transformers 4 and tunix
+# make foreign  models of other libraries, in an environment with transformers 4, tunix and others
 # make aot     compile for TPUs and GPUs that are not there
 # make parity  against transformers and PEFT, in an environment with torch
 # make bench   our training step and PEFT's in alternation, for a machine with nothing else to do
@@ -39,15 +39,24 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-foreign: $(FOREIGN)/installed
-	$(FOREIGN)/bin/python -m pytest tests/foreign
+foreign: $(FOREIGN)/installed build/flax-examples
+	$(FOREIGN)/bin/python -m pytest -n auto tests/foreign
+
+# Flax's examples are in its source distribution alone.
+build/flax-examples: $(FOREIGN)/installed
+	rm -rf build/flax-sdist $@
+	$(FOREIGN)/bin/python -m pip download --quiet --no-deps --no-binary flax flax==0.12.8 \
+		--dest build/flax-sdist
+	mkdir -p $@
+	tar xzf build/flax-sdist/flax-0.12.8.tar.gz -C $@ --strip-components=2 flax-0.12.8/examples
+	touch $@
 
 aot: $(AOT)/installed
 	$(AOT)/bin/python -m pytest tests/aot
 
 # Nothing is skipped where something is missing: the model and the data are fetched first, and what
 # `make foreign` writes is written.
-parity: $(PARITY)/installed $(if $(wildcard build/foreign/logits.npz),,foreign)
+parity: $(PARITY)/installed $(if $(wildcard build/foreign/names.json),,foreign)
 	$(PARITY)/bin/jlora fetch smollm2 --to models/smollm2
 	$(PARITY)/bin/jlora fetch smollm2-gguf --to models/smollm2-gguf
 	$(PARITY)/bin/jlora fetch sentiment --to data/sentiment
@@ -98,7 +107,8 @@ $(FOREIGN)/installed: pyproject.toml
 	$(PYTHON) -m venv $(FOREIGN)
 	$(FOREIGN)/bin/python -m pip install --quiet transformers==4.57.6 google-tunix==0.1.7 \
 		"jax>=0.10.2" "flax>=0.12.6" "optax>=0.2.8" "orbax-checkpoint>=0.11.34" \
-		"pydantic>=2.10" "tomli-w>=1.1" "tyro>=1.0" "pytest>=8.0"
+		"pydantic>=2.10" "tomli-w>=1.1" "tyro>=1.0" "pytest>=8.0" "pytest-xdist>=3.6" h5py
+	$(FOREIGN)/bin/python -m pip install --quiet --no-deps flaxmodels==0.1.3
 	$(FOREIGN)/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
 

@@ -30,7 +30,7 @@ LAYERS = [
     "injection",
     "models models.attention models.transformer models.rope models.families models.tensors",
     "models.directory models.load models.gguf",
-    "fetch fingerprint checkpoint peft.tensors peft.fused peft.config peft.checks peft.read",
+    "fetch fingerprint checkpoint peft.tensors peft.names peft.fused peft.config peft.checks peft.read",
     "peft.write peft.vllm peft updates norms adapters",
     "mixture combination description comparison bank",
     "data data.records data.keys data.shapes data.rows data.source data.split",

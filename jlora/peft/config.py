@@ -11,7 +11,7 @@ from jlora import adapter, canonical, config, conversion
 from jlora.adapter import Site, Target
 from jlora.errors import JloraError
 from jlora.matching import Choice, dotted
-from jlora.peft.fused import Fused, names_of
+from jlora.peft.fused import Fused, is_renamed, names_of
 from jlora.targets import Plan
 
 CONFIG_FILE = "adapter_config.json"
@@ -73,6 +73,8 @@ def to_settings(
         for part in names_of(dotted(name), fused)
     }
     every = [p for site in sites for name in site.names for p in names_of(dotted(name), fused)]
+    own = [dotted(name) for name, _ in adapter.iter_names(plan.targets)]
+    before = own if any(is_renamed(fused.get(name, {})) for name in own) else []
 
     def only(name: str) -> str:
         """A pattern for `name` alone: PEFT lets patterns match the end of longer names too."""
@@ -96,7 +98,7 @@ def to_settings(
         "base_model_name_or_path": base_model[0],
         "r": lora.r,
         "lora_alpha": lora.lora_alpha,
-        "target_modules": _target_names(named, every),
+        "target_modules": _target_names(named, every, before),
         "lora_dropout": lora.lora_dropout,
         "bias": lora.bias,
         "fan_in_fan_out": False,
@@ -120,19 +122,25 @@ def to_settings(
     return settings | ({"ensure_weight_tying": True} if tied else {})
 
 
-def _target_names(named: Mapping[str, Target], every: Sequence[str]) -> list[str] | str:
+def _target_names(
+    named: Mapping[str, Target], every: Sequence[str], before: Sequence[str]
+) -> list[str] | str:
     """Last components where they choose just the adapted layers, as servers like it.
 
     Else full names, or a regular expression where those too would choose others, whose names end in
     one of them. A number alone is never written: in PEFT's model it names a whole block.
+
+    With them, names that layers had `before` they were renamed: on a model that has them still PEFT
+    then warns of tensors that are missing, and would else pass over most of the file in silence.
     """
-    last = sorted({name.split(".")[-1] for name in named})
-    for names in (last, sorted(named)):
+    whole = sorted({*named, *before})
+    last = sorted({name.split(".")[-1] for name in whole})
+    for names in (last, whole):
         suffixes = tuple("." + name for name in names)
         chosen = {n for n in every if n in names or n.endswith(suffixes)}
         if chosen == set(named) and not any(name.isdigit() for name in names):
             return names
-    return "|".join(map(re.escape, sorted(named)))
+    return "|".join(map(re.escape, whole))
 
 
 def _ends(field: str, wanted: set[str], known: set[str]) -> list[str]:

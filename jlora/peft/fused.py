@@ -1,8 +1,9 @@
-"""Layers of ours that are several in Hugging Face's model: one kernel for query, key and value.
+"""Layers of ours that are others in Hugging Face's model: one kernel for query, key and value.
 
 A model says so in a class attribute, `fused_layers = {"qkv_proj": {"q_proj": 8, "k_proj": 4,
 "v_proj": 4}}`: the end of a layer's name -> the names in its place, and how many of the outputs,
-in their order, each has. In the PEFT format each part has its own rows of B, and the same A.
+in their order, each has. In the PEFT format each part has its own rows of B, and the same A. A module
+that is only called otherwise there (`names`) is one with a single part.
 """
 
 import dataclasses
@@ -17,11 +18,48 @@ from jlora.adapter import Site
 from jlora.config import LoraConfig
 from jlora.errors import JloraError
 from jlora.matching import Choice, dotted, ends
+from jlora.peft import names
 from jlora.peft.tensors import PREFIX
 
 Fused = Mapping[str, Mapping[str, int]]
-"""Dotted name of a fused layer -> the names of its parts, and their numbers of outputs."""
+"""Dotted name of a fused layer -> the names of its parts, and their numbers of outputs; of a
+renamed one, 0."""
 _SHARED = ("lora_A.weight",)
+
+
+def torch_layers(model: Any, sites: Iterable[Site], leaves: Iterable[str]) -> Fused:
+    """Return the layers and other modules that have other names in Hugging Face's model.
+
+    Args:
+        model: says so itself, or is of a type that `names` knows.
+        sites: all of its sites.
+        leaves: paths of its parameters, each layer's own.
+
+    Raises:
+        JloraError: as `fused_layers`; two modules that would have one name.
+    """
+    found = {name: dict(parts) for name, parts in fused_layers(model, sites).items()}
+    renames = names.names_of_model(model)
+    if not renames:
+        return found
+    modules = dict.fromkeys(dotted(leaf.rpartition("/")[0]) for leaf in leaves)
+    known: dict[str, str] = {}
+    for module in modules:
+        parts = {names.torch_name(p, renames): n for p, n in found.get(module, {module: 0}).items()}
+        for part in parts:
+            if (other := known.setdefault(part, module)) != module:
+                raise JloraError(
+                    f"peft_names: {other} and {module} would both be {part}; make the patterns "
+                    "tell them apart"
+                )
+        if list(parts) != [module]:
+            found[module] = parts
+    return found
+
+
+def is_renamed(parts: Mapping[str, int]) -> bool:
+    """Tell whether a module is one in Hugging Face's model too, by another name."""
+    return len(parts) == 1
 
 
 def fused_layers(model: Any, sites: Iterable[Site]) -> Fused:
@@ -57,14 +95,16 @@ def split(tensors: Mapping[str, np.ndarray], fused: Fused) -> dict[str, np.ndarr
     """The tensors of fused layers as those of their parts."""
     result = {}
     for key, tensor in tensors.items():
-        module = next((name for name in fused if key.startswith(f"{PREFIX}{name}.")), None)
+        holding = (name for name in fused if key.startswith(f"{PREFIX}{name}."))
+        module = max(holding, key=len, default=None)
         if module is None:
             result[key] = tensor
             continue
         suffix = key.removeprefix(f"{PREFIX}{module}.")
         start = 0
         for part, rows in fused[module].items():
-            own = tensor if suffix in _SHARED else tensor[start : start + rows]
+            whole = suffix in _SHARED or is_renamed(fused[module])
+            own = tensor if whole else tensor[start : start + rows]
             result[f"{PREFIX}{part}.{suffix}"] = own.copy()
             start += rows
     return result
@@ -76,18 +116,20 @@ def join(tensors: Mapping[str, np.ndarray], fused: Fused) -> dict[str, np.ndarra
     Raises:
         JloraError: parts whose factors A differ, of which a fused layer has one.
     """
-    result = dict(tensors)
-    for module, parts in fused.items():
+    rest, result = dict(tensors), {}
+    for module, parts in sorted(fused.items(), key=lambda item: -len(next(iter(item[1])))):
         first, suffixes = next(iter(parts)), []
-        for key in tensors:
+        for key in rest:
             if key.startswith(f"{PREFIX}{first}."):
                 suffixes.append(key.removeprefix(f"{PREFIX}{first}."))
         for suffix in suffixes:
             keys = [f"{PREFIX}{part}.{suffix}" for part in parts]
-            own = [tensors[key] for key in keys if key in tensors]
+            own = [rest[key] for key in keys if key in rest]
             if len(own) < len(parts):
                 continue
-            if suffix in _SHARED:
+            if is_renamed(parts):
+                joined = own[0]
+            elif suffix in _SHARED:
                 if not all(np.array_equal(own[0], other) for other in own):
                     raise JloraError(
                         "it has a factor A of its own for each of "
@@ -102,9 +144,9 @@ def join(tensors: Mapping[str, np.ndarray], fused: Fused) -> dict[str, np.ndarra
             else:
                 continue
             for key in keys:
-                del result[key]
+                del rest[key]
             result[f"{PREFIX}{module}.{suffix}"] = joined
-    return result
+    return rest | result
 
 
 def renamed(lora: LoraConfig, sites: Iterable[Site], head: str | None, fused: Fused) -> LoraConfig:
@@ -117,7 +159,9 @@ def renamed(lora: LoraConfig, sites: Iterable[Site], head: str | None, fused: Fu
     for site in sites:
         for name in map(dotted, site.names):
             alone.append((name, [_alone(site, part) for part in names_of(name, fused)]))
-    choice.check([site for _, parts in alone for site in parts])
+    # What is only renamed goes by its name here too: for models of before it was renamed.
+    again = [s for s in sites for n in s.names if is_renamed(fused.get(dotted(n), {}))]
+    choice.check([*again, *(site for _, parts in alone for site in parts)])
     chosen = {}
     for name, parts in alone:
         targets = [choice.target(part) for part in parts]

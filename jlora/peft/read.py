@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from jlora import fingerprint, injection
+from jlora import canonical, fingerprint, injection
 from jlora.checkpoint import StoredAdapter, check_finite
 from jlora.errors import JloraError, UnmatchedError, warn_once
 from jlora.files import read_template_of
@@ -19,7 +19,7 @@ from jlora.fingerprint import Fingerprint
 from jlora.peft import config as peft_config
 from jlora.peft.checks import check_copies, check_names, check_repeats
 from jlora.peft.config import CONFIG_FILE
-from jlora.peft.fused import fused_layers, join, renamed
+from jlora.peft.fused import Fused, fused_layers, join, renamed, torch_layers
 from jlora.peft.tensors import (
     FACTORS,
     PREFIX,
@@ -246,7 +246,11 @@ def _fit(
         else:
             sites, stacks = injection.planned(model, params)[1], {}
             demand_unrolled(sites)
-        if fused := fused_layers(model, sites):
+        own = [layer for leaf in leaves for layer in canonical.layer_paths(leaf, stacks)]
+        fused = torch_layers(model, sites, own)
+        if not _has_any(stored.tensors, fused):  # of a model of before the layers were renamed
+            fused = fused_layers(model, sites)
+        if fused:
             head = getattr(model, "output_head", None) or head_among(sites)
             lora = renamed(lora, sites, head, fused)
             stored = dataclasses.replace(stored, tensors=join(stored.tensors, fused))
@@ -271,6 +275,12 @@ def _fit(
         for entry in found.entries
     }
     return dataclasses.replace(stored, config=lora, factors=factors, tensors={})
+
+
+def _has_any(tensors: Iterable[str], fused: Fused) -> bool:
+    """Return whether a file has tensors of some module that is called otherwise in torch."""
+    parts = tuple(f"{PREFIX}{part}." for parts in fused.values() for part in parts)
+    return any(key.startswith(parts) for key in tensors)
 
 
 def modules_of(leaves: list[str]) -> list[str]:

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from jlora import config, fingerprint, injection, paths
+from jlora import canonical, config, fingerprint, injection, paths
 from jlora.adapter import Site
 from jlora.checkpoint import StoredAdapter, gather
 from jlora.files import TEMPLATE_FILE, save_tensors, write_text
 from jlora.peft.config import CONFIG_FILE, to_settings
-from jlora.peft.fused import fused_layers, split
+from jlora.peft.fused import split, torch_layers
+from jlora.peft.names import demand_known
 from jlora.peft.read import METADATA, WEIGHTS_FILE, modules_of
 from jlora.peft.tensors import (
     Weights,
@@ -46,7 +47,9 @@ def export_peft(
     left out; PEFT does not ask for them. A tied embedding that is trained as a whole is written
     under the output head's name too, with ensure_weight_tying: PEFT would otherwise part the two.
 
-    Names are the model's own, with dots. A layer that is several in Hugging Face's model is written
+    Names are the model's own, with dots, or what its `peft_names` makes of them: {regular
+    expression: replacement}, a class attribute, which Flax models of transformers 4 that are called
+    otherwise in torch since transformers 5 (FlaxViT) need not have. A layer that is several in Hugging Face's model is written
     as these where the model's class says so: `fused_layers = {"qkv_proj": {"q_proj": 8, "k_proj":
     4, "v_proj": 4}}`, with the number of outputs that each has, in their order.
 
@@ -116,6 +119,7 @@ def _write(
     weights: Weights | None,
 ) -> None:
     path = local(path)
+    demand_known(model)
     check_exportable(plan, sites)
     leaves, read = base_weights(model, params)
     stacks = injection.stacks(model) if params is None else {}
@@ -132,7 +136,8 @@ def _write(
         tensors[entry.key] = entry.to_torch(leaf, weights or read)
         if entry.twin is not None:
             tensors[entry.twin] = tensors[entry.key].copy()
-    fused = fused_layers(model, sites)
+    own = [layer for leaf in leaves for layer in canonical.layer_paths(leaf, stacks)]
+    fused = torch_layers(model, sites, own)
     tensors = split(tensors, fused)
     settings = to_settings(
         stored.config,

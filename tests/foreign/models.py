@@ -1,121 +1,42 @@
-"""Tiny random models of two other libraries: transformers 4.57 (Linen) and tunix 0.1 (NNX).
+"""One table of tiny random models of other libraries, and what each row says of its model."""
 
-Each function returns (model, params or None, call); call(model, params, tokens) gives logits as a
-user of that library gets them. All weights are random (tunix's own initialiser leaves the MLP 0).
-"""
+import dataclasses
+from collections.abc import Callable
+from typing import Any
 
-import zlib
-
-import jax
 import jax.numpy as jnp
+import numpy as np
 
 VOCAB, WIDTH, LAYERS, HEADS, KV_HEADS, HIDDEN, POSITIONS = 96, 32, 2, 4, 2, 48, 32
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(1, VOCAB, (2, 8)))
+IMAGES = jnp.asarray(np.random.default_rng(1).random((2, 16, 16, 3)), jnp.float32)
 
 
-def flax_llama(tied=False):
-    """Transformers' Llama in Linen: nn.Dense."""
-    from transformers import FlaxLlamaForCausalLM, LlamaConfig
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model, how it is called, and how many sites and parameters `all-linear` trains in it."""
 
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=WIDTH,
-        intermediate_size=HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        max_position_embeddings=POSITIONS,
-        tie_word_embeddings=tied,  # FlaxLlama's module ignores it
-    )
-    model = FlaxLlamaForCausalLM(config, seed=0)
-    return model.module, model.params, _apply_linen
+    name: str
+    library: str
+    build: Callable[[], tuple[Any, Any]]
+    """() -> the module and its variables; None for those of NNX."""
+    inputs: Callable[[], tuple]
+    """() -> the positional arguments of a call."""
+    sites: int
+    parameters: int
+    logits: Callable[[Any], Any] = lambda out: out
+    """Of what a call returns."""
+    decode: Callable[[Any, Any], Any] | None = None
+    """(module, variables) -> logits (B, T, V) of TOKENS, one after the other through a cache."""
+    target_modules: Any = "all-linear"
+    unused: tuple[str, ...] = ()
+    """Sites that the call does not use, which the library is to say."""
 
-
-def flax_gpt2(tied=True):
-    """Transformers' GPT-2 in Linen: a layer type of its own, with a transposed kernel."""
-    from transformers import FlaxGPT2LMHeadModel, GPT2Config
-
-    config = GPT2Config(
-        vocab_size=VOCAB,
-        n_positions=POSITIONS,
-        n_embd=WIDTH,
-        n_layer=LAYERS,
-        n_head=HEADS,
-        tie_word_embeddings=tied,  # True is GPT2Config's default
-    )
-    model = FlaxGPT2LMHeadModel(config, seed=0)
-    return model.module, model.params, _apply_linen
-
-
-def tunix_llama3(tied=False, remat=None):
-    """Tunix's Llama 3 in NNX: einsum on plain parameters."""
-    from flax import nnx
-    from tunix.models.llama3 import model as llama3
-
-    config = llama3.ModelConfig(
-        num_layers=LAYERS,
-        vocab_size=VOCAB,
-        embed_dim=WIDTH,
-        hidden_dim=HIDDEN,
-        num_heads=HEADS,
-        head_dim=WIDTH // HEADS,
-        num_kv_heads=KV_HEADS,
-        rope_theta=10_000,
-        norm_eps=1e-5,
-        weight_tying=tied,
-        remat_config=llama3.RematConfig[remat or "NONE"],
-    )
-    return _random_mlp(llama3.Llama3(config, rngs=nnx.Rngs(0))), None, _call_nnx
-
-
-def tunix_qwen3(tied=True, remat=None, experts=None):
-    """Tunix's Qwen 3 in NNX."""
-    from flax import nnx
-    from tunix.models.qwen3 import model as qwen3
-
-    config = qwen3.ModelConfig(
-        num_layers=LAYERS,
-        vocab_size=VOCAB,
-        embed_dim=WIDTH,
-        hidden_dim=HIDDEN,
-        num_heads=HEADS,
-        head_dim=12,  # heads * head_dim need not be the width
-        num_kv_heads=KV_HEADS,
-        rope_theta=10_000,
-        norm_eps=1e-6,
-        use_tied_embedding=tied,
-        num_experts=experts,
-        num_experts_per_tok=2 if experts else None,
-        remat_config=qwen3.RematConfig[remat or "NONE"],
-    )
-    return _random_mlp(qwen3.Qwen3(config, rngs=nnx.Rngs(0))), None, _call_nnx
-
-
-MODELS = {
-    "flax_llama": flax_llama,
-    "flax_gpt2": flax_gpt2,
-    "tunix_llama3": tunix_llama3,
-    "tunix_qwen3": tunix_qwen3,
-}
-
-
-def _apply_linen(module, params, tokens):
-    # Positional as in FlaxPreTrainedModel.__call__: ids, mask, positions; the rest has defaults
-    # (deterministic=True). Both families take these three first; GPT2 needs all three.
-    mask = jnp.ones_like(tokens)
-    return module.apply({"params": params}, tokens, mask, positions(tokens)).logits
-
-
-def _call_nnx(model, params, tokens):
-    del params
-    logits, _ = model(*inputs(tokens))
-    return logits
-
-
-def inputs(tokens):
-    """Arguments of tunix's models: tokens, positions, cache, mask."""
-    length = tokens.shape[-1]
-    causal = jnp.broadcast_to(jnp.tri(length, dtype=bool), (tokens.shape[0], length, length))
-    return tokens, positions(tokens), None, causal
+    def call(self, model: Any, variables: Any) -> Any:
+        """Return the logits for `inputs`."""
+        args = self.inputs()
+        out = model(*args) if variables is None else model.apply(variables, *args)
+        return self.logits(out)
 
 
 def positions(tokens):
@@ -123,14 +44,19 @@ def positions(tokens):
     return jnp.broadcast_to(jnp.arange(tokens.shape[-1]), tokens.shape)
 
 
-def _random_mlp(model):
-    """Tunix initialises the MLP's kernels with zeros, where adapters would have no gradient."""
-    from flax import nnx
+def one_by_one(step):
+    """Return the logits of TOKENS that step(token (B, 1), position) gives for each."""
+    each = [step(TOKENS[:, i : i + 1], i) for i in range(TOKENS.shape[1])]
+    return jnp.concatenate(each, axis=1)
 
-    for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        if path[-1] == "kernel" and path[-3] == "mlp":
-            key = jax.random.fold_in(
-                jax.random.key(1), zlib.crc32("/".join(map(str, path)).encode())
-            )
-            param.set_value(0.1 * jax.random.normal(key, param.shape, param.dtype))
-    return model
+
+def table() -> dict[str, Model]:
+    """Name -> row, of all libraries."""
+    import bonsai_like
+    import flax_examples
+    import flaxmodels_vision
+    import transformers_flax
+    import tunix_nnx
+
+    modules = (transformers_flax, tunix_nnx, flax_examples, flaxmodels_vision, bonsai_like)
+    return {row.name: row for module in modules for row in module.ROWS}

@@ -1,124 +1,104 @@
 """Models of other libraries, injected as they are; what is exported here, `make parity` reads."""
 
-import json
-from pathlib import Path
+import warnings
 
 import jax
-import jax.numpy as jnp
 import models
 import numpy as np
 import optax
 import pytest
+import tunix_nnx
 from flax import nnx
-from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors.numpy import save_file
+from subject import Linen, assert_close, assert_same_bits, bits, subject, train
 
 import jlora
 
 LORA = jlora.LoraConfig(r=4, lora_alpha=8)
-TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, models.VOCAB, (2, 8)))
-LEARNING_RATE, STEPS = 3e-2, 20
-EXPORTED = Path(__file__).parents[2] / "build" / "foreign"
+ROWS = models.table()
+LEARNING_RATE, STEPS = 3e-2, 12
 
 
-def loss_of(logits):
-    return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], TOKENS[:, 1:]).mean()
+def test_the_table_is_of_fourteen_models_and_five_libraries():
+    assert len(ROWS) >= 14
+    assert len({row.library for row in ROWS.values()}) >= 5
 
 
-def bits(tree):
-    return jax.tree.map(np.array, tree)
+@pytest.mark.parametrize("name", ROWS)
+def test_model(name):
+    row = ROWS[name]
+    config = jlora.LoraConfig(r=4, lora_alpha=8, target_modules=row.target_modules)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        injected = subject(row, config)
+        adapters = injected.adapters
+        assert len(adapters) == 2 * row.sites
+        assert sum(leaf.size for leaf in jax.tree.leaves(adapters)) == row.parameters
 
+        # B is zero: bit by bit what the model computes without, through a cache too.
+        before = injected.plain(row.call)
+        np.testing.assert_array_equal(injected.adapted(row.call, adapters), before)
+        if row.decode is not None:
+            decoded = injected.plain(row.decode)
+            assert_close(decoded, before, 1e-4)
+            np.testing.assert_array_equal(injected.adapted(row.decode, adapters), decoded)
 
-def assert_same_bits(got, expected):
-    assert jax.tree.structure(got) == jax.tree.structure(expected)
-    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_array_equal(one, other)
-
-
-def assert_close(got, expected):
-    assert np.abs(got - expected).max() <= 1e-5 * np.abs(expected).max()
-
-
-def injected_linen(name, config=LORA):
-    """The module, its own parameters, the injected module, and its tree on these parameters."""
-    module, params, call = models.MODELS[name]()
-    injected = jlora.inject(module, config)
-    fresh = injected.init(
-        jax.random.key(1), TOKENS, jnp.ones_like(TOKENS), models.positions(TOKENS)
-    )
-    tree = unflatten_dict(flatten_dict(fresh["params"]) | flatten_dict(params))
-    return module, params, injected, tree, call
-
-
-@pytest.mark.parametrize(
-    ("name", "sites", "parameters"), [("flax_llama", 14, 3_712), ("flax_gpt2", 8, 4_096)]
-)
-def test_linen(name, sites, parameters):
-    module, params, injected, tree, call = injected_linen(name)
-    before = bits(params)
-    adapters, base = jlora.partition(tree)
-    assert len(adapters) == 2 * sites
-    assert sum(leaf.size for leaf in adapters.values()) == parameters
-    plain, adapted = (jax.jit(lambda p, m=m: call(m, p, TOKENS)) for m in (module, injected))
-    np.testing.assert_array_equal(call(injected, tree, TOKENS), call(module, params, TOKENS))
-    assert_close(adapted(tree), plain(params))
-    tx = optax.adamw(LEARNING_RATE)
-    state = tx.init(adapters)
-
-    @jax.jit
-    def step(adapters, state):
-        def loss(adapters):
-            return loss_of(call(injected, jlora.combine(adapters, base), TOKENS))
-
-        value, grads = jax.value_and_grad(loss)(adapters)
-        updates, state = tx.update(grads, state, adapters)
-        return optax.apply_updates(adapters, updates), state, value
-
-    losses = []
-    for _ in range(STEPS):
-        adapters, state, loss = step(adapters, state)
-        losses.append(float(loss))
+        trained, losses, grads = train(injected, STEPS, LEARNING_RATE)
     assert losses[-1] < losses[0] - 0.1
-    tree = jlora.combine(adapters, base)
-    merged = jlora.merge(injected, tree)
-    assert_same_bits(bits(params), before)
-    assert jax.tree.structure(merged) == jax.tree.structure(params)
-    assert_close(plain(merged), adapted(tree))
-    assert np.abs(plain(merged) - plain(params)).max() > 0.1
-    assert jlora.eject(injected) == module
+
+    # A gradient reaches every factor, or its site is named.
+    still = {path.rpartition("/")[0] for path, g in grads.items() if not np.abs(_array(g)).max()}
+    assert still == set(row.unused)
+    said = "\n".join(str(w.message) for w in warned)
+    assert all(site in said for site in still)
+
+    injected.assert_restored(trained)
+    after = injected.adapted(row.call, trained)
+    assert np.abs(after - before).max() > 0.01 * np.abs(before).max()
+    assert_close(injected.merged(row.call, trained), after)
+    if row.decode is not None:
+        through_cache = injected.adapted(row.decode, trained)
+        assert_close(through_cache, after, 1e-4)
+        assert_close(injected.merged(row.decode, trained), through_cache)
 
 
-@pytest.mark.parametrize("remat", [None, "BLOCK", "DECODER"])
-@pytest.mark.parametrize(
-    ("name", "sites", "parameters"), [("tunix_llama3", 14, 3_712), ("tunix_qwen3", 14, 4_096)]
-)
-def test_nnx(name, sites, parameters, remat):
-    model, _, call = models.MODELS[name](remat=remat)
+def _array(leaf):
+    return jax.tree.leaves(leaf)[0]
+
+
+@pytest.mark.parametrize("remat", ["BLOCK", "DECODER"])
+@pytest.mark.parametrize("build", [tunix_nnx.llama3, tunix_nnx.qwen3])
+def test_remat_and_the_optimizer_of_nnx(build, remat):
+    """As a user of NNX writes the step: value_and_grad and Optimizer of the factors' type."""
+    model, _ = build(remat=remat)
+    row = ROWS[f"tunix_{build.__name__}"]
     graphdef, before = nnx.graphdef(model), bits(nnx.to_pure_dict(nnx.state(model)))
-    logits = nnx.jit(lambda m: call(m, None, TOKENS))
-    plain, eagerly = logits(model), call(model, None, TOKENS)
+    plain = nnx.jit(lambda m: row.call(m, None))(model)
     with pytest.raises(jlora.JloraError, match=r"q_proj is there, but .* where `inputs` are given"):
         jlora.inject(model, jlora.LoraConfig(target_modules=("q_proj",)), rngs=nnx.Rngs(0))
-    jlora.inject(model, LORA, rngs=nnx.Rngs(0), inputs=models.inputs(TOKENS))
+    jlora.inject(model, LORA, rngs=nnx.Rngs(0), inputs=row.inputs())
     adapters, _ = jlora.partition(model)
-    assert len(adapters) == 2 * sites
-    assert sum(leaf.size for leaf in adapters.values()) == parameters
+    assert (len(adapters), sum(x.size for x in adapters.values())) == (
+        2 * row.sites, row.parameters
+    )  # fmt: skip
     assert adapters["layers/0/attn/q_proj/w_lora_a"].shape == (4, models.WIDTH)
-    np.testing.assert_array_equal(call(model, None, TOKENS), eagerly)
-    assert_close(logits(model), plain)
+    assert_close(nnx.jit(lambda m: row.call(m, None))(model), plain)
     optimizer = nnx.Optimizer(model, optax.adamw(LEARNING_RATE), wrt=nnx.LoRAParam)
+    tokens = models.TOKENS
 
     @nnx.jit
     def step(model, optimizer):
+        def loss(model):
+            logits = row.call(model, None)[:, :-1]
+            return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
         trained = nnx.DiffState(0, nnx.LoRAParam)
-        loss, grads = nnx.value_and_grad(lambda m: loss_of(call(m, None, TOKENS)), argnums=trained)(
-            model
-        )
+        value, grads = nnx.value_and_grad(loss, argnums=trained)(model)
         optimizer.update(model, grads)
-        return loss
+        return value
 
     losses = [float(step(model, optimizer)) for _ in range(STEPS)]
     assert losses[-1] < losses[0] - 0.1
+    logits = nnx.jit(lambda m: row.call(m, None))
     merged = jlora.merge(model)
     assert nnx.graphdef(merged) == graphdef
     assert_close(logits(merged), logits(model))
@@ -130,12 +110,9 @@ def test_nnx(name, sites, parameters, remat):
 
 def test_no_site_of_these_models_pays_for_a_whole_update(caplog):
     """Else the log would name it."""
-    for name in ("tunix_llama3", "tunix_qwen3"):
-        model, _, call = models.MODELS[name]()
-        jlora.inject(model, LORA, rngs=nnx.Rngs(0), inputs=models.inputs(TOKENS))
-        call(model, None, TOKENS)
-    _, _, injected, tree, call = injected_linen("flax_gpt2")
-    call(injected, tree, TOKENS)
+    for name in ("tunix_llama3", "tunix_qwen3", "flax_gpt2"):
+        injected = subject(ROWS[name], LORA)
+        injected.adapted(ROWS[name].call, injected.adapters)
     assert caplog.text == ""
 
 
@@ -149,31 +126,16 @@ def test_the_wrapper_is_refused():
         jlora.inject(FlaxLlamaForCausalLM(config, seed=0), LORA)
 
 
-def test_a_tied_embedding_is_adapted_in_both_its_uses():
-    config = jlora.LoraConfig(r=4, lora_alpha=8, target_modules=("wte",), init_lora_weights=False)
-    module, params, injected, tree, call = injected_linen("flax_gpt2", config)
-    adapted, merged = call(injected, tree, TOKENS), jlora.merge(injected, tree)
-    assert np.abs(adapted - call(module, params, TOKENS)).max() > 0.01
-    assert_close(call(module, merged, TOKENS), adapted)
-
-
-def test_exported_for_peft():
-    """Weights under torch's names, an adapter whose B is not zero, and the logits it gives."""
-    config = jlora.LoraConfig(r=4, lora_alpha=8, init_lora_weights=False)
-    module, params, injected, tree, call = injected_linen("flax_llama", config)
-    EXPORTED.mkdir(parents=True, exist_ok=True)
-    names = {"kernel": "weight", "embedding": "weight", "weight": "weight"}
-    tensors = {
-        ".".join((*path[:-1], names[path[-1]])): np.ascontiguousarray(
-            np.asarray(leaf).T if path[-1] == "kernel" else leaf
-        )
-        for path, leaf in flatten_dict(params).items()
-    }
-    save_file(tensors, EXPORTED / "model.safetensors", metadata={"format": "pt"})
-    settings = module.config.to_dict() | {"architectures": ["LlamaForCausalLM"]}
-    (EXPORTED / "config.json").write_text(json.dumps(settings))
-    jlora.export_peft(EXPORTED / "adapter", injected, config, params=tree)
-    adapted, plain = call(injected, tree, TOKENS), call(module, params, TOKENS)
-    assert np.abs(adapted - plain).max() > 1e-3 * np.abs(plain).max()
-    logits = {"tokens": np.asarray(TOKENS), "plain": plain, "adapted": adapted}
-    np.savez(EXPORTED / "logits.npz", **logits)
+@pytest.mark.parametrize(
+    ("name", "embedding"),
+    [("flax_gpt2", "wte"), ("flax_bert", "word_embeddings"), ("flax_whisper", "embed_tokens")],
+)
+def test_a_tied_embedding_is_adapted_in_both_its_uses(name, embedding):
+    config = jlora.LoraConfig(
+        r=4, lora_alpha=8, target_modules=(embedding,), init_lora_weights=False
+    )
+    row = ROWS[name]
+    injected = Linen(row, config)
+    adapted = injected.adapted(row.call, injected.adapters)
+    assert np.abs(adapted - injected.plain(row.call)).max() > 0.01
+    assert_close(injected.merged(row.call, injected.adapters), adapted)
