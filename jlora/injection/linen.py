@@ -160,7 +160,7 @@ def _outermost(base: type[nn.Module], name: str) -> Callable[..., Any]:
             out, variables = own(self, rngs, *args, **_with_method(kwargs))
         params = variables.get("params", {})
         call = functools.partial(_own_apply, self, base.apply, **_as_apply(rngs, kwargs))
-        linen_plain.find(self.lora, call, variables, args)
+        linen_plain.find(self.lora, call, variables, args, kwargs.get("method"))
         self.lora.forms.add(linen_plain.form_of(kwargs.get("method"), args))
         checked = planned(self, params)
         check_names(params, checked.shapes)

@@ -74,6 +74,9 @@ class Injection:
     forms: set[Any] = dataclasses.field(default_factory=set)
     """Forms of calls, in which such uses have been looked for."""
 
+    said: set[str] = dataclasses.field(default_factory=set)
+    """Paths of weights with adapters that a call did not use, which has been said."""
+
     peculiar: dict[str, str] = dataclasses.field(default_factory=dict)
     """Path of each layer that could not compute with a quantised weight -> why."""
 

@@ -1,6 +1,7 @@
 """Linen modules that use weights in plain parameters: found by tracing, updated in use."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,15 +20,22 @@ from jlora.targets import Plan
 
 
 def find(
-    injection: Any, call: Callable[..., Any], variables: Mapping[str, Any], args: Sequence[Any]
+    injection: Any,
+    call: Callable[..., Any],
+    variables: Mapping[str, Any],
+    args: Sequence[Any],
+    method: Any = None,
 ) -> None:
     """Add what the module's own code uses to what is known: parameters, and layers' weights.
+
+    Adapters whose weight a call of the module itself does not use are warned of, once each.
 
     Args:
         injection: what the injected module knows of its adapters.
         call: (variables, *args) -> the module's result, with its weights as they are.
         variables: of the module.
         args: of the call.
+        method: that of the call.
 
     Raises:
         JloraError: it uses the weight of a layer that has not been met.
@@ -56,6 +64,8 @@ def find(
         return
     with within(WATCHED, True):
         uses = plain.find_uses(_function(call, flat, weights), weights, variables, *args)
+    if is_own_call(method):
+        _tell(injection, [path for path in adapted if path in uses and not uses[path]])
     for path, found in uses.items():
         if (layer := layers.get(path)) is not None:
             if plain.direct(found):
@@ -71,6 +81,17 @@ def find(
                 )
         elif (site := plain.site(path, weights[path].shape, found)) is not None:
             injection.sites[path] = site
+
+
+def _tell(injection: Any, unused: Sequence[str]) -> None:
+    for path in unused:
+        if path not in injection.said:
+            injection.said.add(path)
+            warnings.warn(
+                f"{path}: the weight is not used by this call, in which its adapter does nothing "
+                "and gets no gradient",
+                stacklevel=2,
+            )
 
 
 def candidates(injection: Any, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
@@ -143,7 +164,7 @@ def call(
                 p: meta.unbox(x) for p, x in flat.items() if isinstance(meta.unbox(x), jax.Array)
             }
             plain.find_uses(_function(own, flat, some), some, variables, *args)
-        find(injection, own, variables, args)
+        find(injection, own, variables, args, method)
         injection.forms.add(form)
     sites = [injection.sites[path] for path in adapted]
     layers = [stacked_site(injection, flat, path) for path in injection.direct]
@@ -168,7 +189,13 @@ def call(
 
 def form_of(method: Any, args: Sequence[Any]) -> Any:
     """Return what tells one form of call from another: which method, and which arguments."""
-    return str(getattr(method, "__name__", method) or "__call__"), jax.tree.structure(tuple(args))
+    name = "__call__" if is_own_call(method) else getattr(method, "__name__", method)
+    return str(name), jax.tree.structure(tuple(args))
+
+
+def is_own_call(method: Any) -> bool:
+    """Tell whether a `method` as init and apply take it is the module's own call."""
+    return method is None or getattr(method, "__name__", method) == "__call__"
 
 
 def stacked_site(injection: Any, flat: Mapping[str, Any], path: str) -> adapter.Site | None:

@@ -13,17 +13,15 @@ from jlora.config import LoraConfig
 from jlora.errors import JloraError
 from jlora.injection import nnx_quant
 from jlora.injection.nnx_layer import LoraLayer, LoraScaling, lora_class, scaling_of, set_class
-from jlora.injection.nnx_model import PlainModel, Uses, drop_factors, model_class
+from jlora.injection.nnx_model import PlainModel, Uses, adopt, bare
 from jlora.injection.nnx_sites import check_own_call, holders, plain_sites, type_of
-from jlora.injection.nnx_tree import KEPT, get, holder, modules, put, variables
+from jlora.injection.nnx_tree import (
+    KEPT, TrainedParam, drop, get, holder, modules, put, trained_wholly, variables,
+)  # fmt: skip
 from jlora.injection.registry import float32
 from jlora.paths import join
 from jlora.quant import checks
 from jlora.quant.array import QuantArray
-
-
-class TrainedParam(nnx.LoRAParam):
-    """A parameter of the base that is trained as a whole; its first values stay beside it."""
 
 
 def attach(
@@ -91,10 +89,8 @@ def attach(
         for factor, value in factors.items():
             parameter = nnx.LoRAParam(value, **metadata[factor])
             put(held_by, f"{name}_{factor}", parameter)
-    root: Any = model
-    root.lora_uses = Uses(config, head, tuple((t.site, t.scaling) for t in plainly))
-    base: Any = type(model)
-    set_class(model, model_class(base))
+    uses = Uses(config, head, tuple((t.site, t.scaling) for t in plainly))
+    adopt(model, uses, [*(target.site.path for target in targets), *tokens])
     for target in targets:
         if not target.site.weight:
             continue
@@ -124,13 +120,13 @@ def attach(
             module.lora_token_indices = tuple(rows)
     for path in whole:
         parent, _, name = path.rpartition("/")
-        module = by_path[parent]
-        kept = getattr(module, name)
+        held_by = holder(model, parent)
+        kept = get(held_by, name)
         value = jnp.copy(kept.get_value()) if isinstance(kept.get_value(), jax.Array) else (
             kept.get_value()
         )  # fmt: skip
-        setattr(module, KEPT + name, kept)
-        setattr(module, name, TrainedParam(value, **_annotations(kept)))
+        put(held_by, KEPT + name, kept)
+        put(held_by, name, TrainedParam(value, **_annotations(kept)))
 
 
 def _check_whole(model: nnx.Module, whole: Iterable[str]) -> None:
@@ -196,14 +192,10 @@ def eject(model: nnx.Module) -> None:
         for name in (*module.lora_attributes, "lora_attributes"):
             delattr(module, name)
         set_class(module, type(module).lora_base)
-    if isinstance(model, PlainModel):
-        drop_factors(model)
-        delattr(model, "lora_uses")
-        set_class(model, type(model).plain_base)
-    for _, module in nnx.iter_modules(model):
-        for name in [name for name in vars(module) if name.startswith(KEPT)]:
-            setattr(module, name.removeprefix(KEPT), getattr(module, name))
-            delattr(module, name)
+    for held_by, name in trained_wholly(model):
+        put(held_by, name, get(held_by, KEPT + name))
+        drop(held_by, KEPT + name)
+    bare(model)
 
 
 def adapted(model: nnx.Module) -> list[tuple[tuple, Any]]:
@@ -238,10 +230,8 @@ def merge(model: nnx.Module) -> nnx.Module:
         weight = leaves[site.path]
         value = weight.get_value().astype(jnp.float32) + adapter.delta_weight(site, a, b, scaling)
         weight.set_value(value.astype(weight.get_value().dtype))
-    for _, module in nnx.iter_modules(merged):
-        for name in [name for name in vars(module) if name.startswith(KEPT)]:
-            kept = getattr(module, name)
-            kept.set_value(getattr(module, name.removeprefix(KEPT)).get_value())
+    for held_by, name in trained_wholly(merged):
+        get(held_by, KEPT + name).set_value(get(held_by, name).get_value())
     eject(merged)
     nnx_quant.dequantize(merged)
     return merged

@@ -1,9 +1,12 @@
-"""Flax NNX: the class of an injected model, whose methods adapt weights that its own code uses."""
+"""Flax NNX: the class of an injected model, whose methods adapt weights that its own code uses.
+
+Modules within it that hold adapters are of such classes too, for calls that pass the model by.
+"""
 
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,10 +14,10 @@ from flax import nnx
 
 from jlora.adapter import LORA_A, LORA_B, Site
 from jlora.errors import JloraError
-from jlora.injection import nnx_plain, nnx_sites, plain
+from jlora.injection import nnx_plain, nnx_sites, plain, registry
 from jlora.injection.nnx_call import Call, inside, running, stateful
 from jlora.injection.nnx_layer import LoraLayer, LoraScaling, scaling_of, set_class
-from jlora.injection.nnx_tree import drop, get, holder, modules
+from jlora.injection.nnx_tree import KEPT, drop, get, holder, modules, put, trained_wholly
 from jlora.injection.registry import own_methods
 from jlora.matching import Choice
 from jlora.paths import join
@@ -27,7 +30,12 @@ class Uses:
     config: Any
     head: str | None
     plain: tuple[tuple[Site, Any], ...]
-    """(site, scaling) of each adapted plain parameter."""
+    """(site, scaling) of each adapted plain parameter, by its path in this module."""
+    token: Any = dataclasses.field(default_factory=object)
+    """One for a model and the modules within it: while a method of one runs, those of others do as
+    their class says."""
+    inner: bool = False
+    """Whether it is of a module within an injected model."""
     known: dict[Any, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     """Form of a call -> paths of the adapted layers whose weight it uses outside of them."""
     peculiar: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -36,7 +44,7 @@ class Uses:
 
     # Models that are adapted alike are one to jit.
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Uses) and self.plain == other.plain
+        return isinstance(other, Uses) and (self.plain, self.inner) == (other.plain, other.inner)
 
     def __hash__(self) -> int:
         return hash(self.plain)
@@ -47,18 +55,56 @@ def find(model: Any, call: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) 
 
     def prepare(copy: Any) -> None:
         nnx_sites.watch(copy)
-        _bare(copy)
+        bare(copy)
 
     return nnx_plain.find_uses(model, call, args, kwargs, prepare)
 
 
-def _bare(copy: Any) -> None:
-    """Make a copy of an injected model one of its own class, which may pass its attributes on."""
-    if isinstance(copy, PlainModel):
-        drop_factors(copy)
-        delattr(copy, "lora_uses")
-        base = type(copy).plain_base
-        object.__setattr__(copy, "__class__", base)
+def adopt(model: Any, uses: Uses, paths: Iterable[str]) -> None:
+    """Make a model, and each module within it that holds adapters, one of such a class; in place.
+
+    Args:
+        model: holds the adapters.
+        uses: of the model.
+        paths: of all adapted layers and plain parameters.
+    """
+    above = {path.rsplit("/", n)[0] for path in paths for n in range(1, path.count("/") + 1)}
+    for path, module in modules(model).items():
+        if module is model or isinstance(module, nnx.List | nnx.Dict | LoraLayer):
+            continue
+        if path not in above or registry.find(nnx_sites.REGISTRY, type(module)):
+            continue
+        own = tuple(
+            (dataclasses.replace(site, path=site.path.removeprefix(f"{path}/")), scaling)
+            for site, scaling in uses.plain
+            if site.path.startswith(f"{path}/")
+        )
+        _adopt(module, Uses(uses.config, uses.head, own, uses.token, inner=True))
+    _adopt(model, uses)
+
+
+def _adopt(module: Any, uses: Uses) -> None:
+    module.lora_uses = uses
+    base: Any = type(module)
+    set_class(module, model_class(base))
+
+
+def bare(model: Any) -> None:
+    """Undo `adopt`, and take the factors of plain parameters out; in place.
+
+    A copy of an injected model then passes its attributes on as its own class does: parameters that
+    are trained as a whole are of their own types again, with their trained values.
+    """
+    if isinstance(model, PlainModel):
+        drop_factors(model)
+    for held_by, name in trained_wholly(model):
+        kept = get(held_by, KEPT + name)
+        put(held_by, name, kept.replace(get(held_by, name).get_value()))
+        drop(held_by, KEPT + name)
+    for _, module in list(nnx.iter_modules(model)):
+        if isinstance(module, PlainModel):
+            delattr(module, "lora_uses")
+            set_class(module, type(module).plain_base)
 
 
 def drop_factors(model: Any) -> None:
@@ -105,7 +151,7 @@ def direct(
             site = nnx_sites.site_of(layers[path], path)
             if reason := plain.tied(site, found[adapted[path]]):
                 uses.peculiar[path] = reason
-        if name == "__call__" and found:
+        if name == "__call__" and found and not uses.inner:
             _tell(model, uses, found, adapted, set(layers))
     return uses.known[key]
 
@@ -178,11 +224,11 @@ def _updated(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(own)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         uses: Uses = self.lora_uses
-        if inside(uses):
+        if inside(uses.token):
             return own(self, *args, **kwargs)
         traced = direct(self, name, own, args, kwargs)
         if not (traced or uses.plain):
-            with running(uses):
+            with running(uses.token):
                 return own(self, *args, **kwargs)
         by_path = modules(self)
         updates = {site.path: _plain_update(self, site, s) for site, s in uses.plain}
@@ -193,13 +239,13 @@ def _updated(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
         }
         weights = {path: leaves[path] for path in updates}
 
-        def bare(copy: nnx.Module) -> None:
+        def prepare(copy: nnx.Module) -> None:
             inner = modules(copy)
             for path in traced:  # their term is that of all uses of the weight
                 set_class(inner[path], type(inner[path]).lora_base)
-            _bare(copy)
+            bare(copy)
 
-        function = Call(self, weights, own, args, kwargs, token=uses, prepare=bare)
+        function = Call(self, weights, own, args, kwargs, token=uses.token, prepare=prepare)
         return function.write(
             *plain.call(
                 function, weights, updates, function.rest, *function.args, **function.kwargs

@@ -39,7 +39,8 @@ def find_uses(
         and not isinstance(leaf.get_value(), QuantArray)
         and not str(keys[-1]).startswith(KEPT)
     }
-    token = getattr(model, "lora_uses", None)
+    uses = getattr(model, "lora_uses", None)
+    token = None if uses is None else uses.token
     function = Call(model, weights, call, args, kwargs, token=token, prepare=own)
     return plain.find_uses(function, weights, function.rest, *function.args, **function.kwargs)
 

@@ -12,7 +12,7 @@ from flax import nnx
 from jlora.adapter import Site
 from jlora.errors import JloraError
 from jlora.injection import nnx_plain, plain, registry
-from jlora.injection.nnx_tree import variables
+from jlora.injection.nnx_tree import KEPT, TrainedParam, variables
 from jlora.injection.registry import Contraction, Convolution, LayerType, Lookup, general
 from jlora.paths import join
 
@@ -174,7 +174,9 @@ def modules(model: nnx.Module) -> dict[str, dict[str, tuple[int, ...]]]:
     found: dict[str, dict[str, tuple[int, ...]]] = {}
     for path, variable in variables(model, nnx.Param):
         *parents, name = map(str, path)
-        if not name.startswith("lora_"):
+        if isinstance(variable, TrainedParam) or not (
+            isinstance(variable, nnx.LoRAParam) or name.startswith(KEPT)
+        ):
             found.setdefault("/".join(parents), {})[name] = variable.shape
     return found
 

@@ -15,6 +15,10 @@ KEPT = "lora_kept_"
 """Before the name of an attribute that is trained as a whole: where its first values are kept."""
 
 
+class TrainedParam(nnx.LoRAParam):
+    """A parameter of the base that is trained as a whole; its first values stay beside it."""
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NnxBase:
@@ -110,6 +114,15 @@ def holder(model: Any, path: str) -> Any:
         else:
             found = getattr(found, key)
     return found
+
+
+def trained_wholly(model: Any) -> list[tuple[Any, str]]:
+    """Return (module or dictionary, name) of each parameter that is trained as a whole."""
+    return [
+        (holder(model, join(keys[:-1])), str(keys[-1]).removeprefix(KEPT))
+        for keys, _ in variables(model, nnx.Param)
+        if str(keys[-1]).startswith(KEPT)
+    ]
 
 
 def get(held_by: Any, name: str) -> Any:

@@ -100,6 +100,6 @@ def unboxed(variables):
 
 
 ROWS = [
-    Model("lm1b", "flax", lm1b, lambda: (TOKENS,), 12, 0, decode=_decode_lm1b),
-    Model("gemma", "flax", gemma, inputs, 12, 0, lambda out: out[0], decode(KV_HEADS, 8)),
+    Model("lm1b", "flax", lm1b, lambda: (TOKENS,), 13, 3_840, decode=_decode_lm1b),
+    Model("gemma", "flax", gemma, inputs, 12, 3_456, lambda out: out[0], decode(KV_HEADS, 8)),
 ]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 VOCAB, WIDTH, LAYERS, HEADS, KV_HEADS, HIDDEN, POSITIONS = 96, 32, 2, 4, 2, 48, 32
+DECODED = 3  # tokens
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(1, VOCAB, (2, 8)))
 IMAGES = jnp.asarray(np.random.default_rng(1).random((2, 16, 16, 3)), jnp.float32)
 
@@ -27,7 +28,7 @@ class Model:
     logits: Callable[[Any], Any] = lambda out: out
     """Of what a call returns."""
     decode: Callable[[Any, Any], Any] | None = None
-    """(module, variables) -> logits (B, T, V) of TOKENS, one after the other through a cache."""
+    """(module, variables) -> logits (B, DECODED, V), one token after the other through a cache."""
     target_modules: Any = "all-linear"
     unused: tuple[str, ...] = ()
     """Sites that the call does not use, which the library is to say."""
@@ -45,8 +46,8 @@ def positions(tokens):
 
 
 def one_by_one(step):
-    """Return the logits of TOKENS that step(token (B, 1), position) gives for each."""
-    each = [step(TOKENS[:, i : i + 1], i) for i in range(TOKENS.shape[1])]
+    """Return the logits of the first TOKENS that step(token (B, 1), position) gives for each."""
+    each = [step(TOKENS[:, i : i + 1], i) for i in range(DECODED)]
     return jnp.concatenate(each, axis=1)
 
 

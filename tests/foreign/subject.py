@@ -42,25 +42,26 @@ class Linen:
         self.adapters, self.base = jlora.partition(tree)
         self.before = bits(self.variables["params"])
 
-    def _with(self, params):
+    def given(self, params):
+        """The module's variables with other parameters."""
         return {**self.variables, "params": params}
 
     def tree(self, adapters):
         return jlora.combine(adapters, self.base)
 
-    def plain(self, run):
-        """run(model, variables) of the model as it was."""
-        return run(self.module, self.variables)
+    def plain(self, run, params=None):
+        """run(model, variables) of the model as it was; `params` in place of its own."""
+        return run(self.module, self.given(self.variables["params"] if params is None else params))
 
     def adapted(self, run, adapters):
         """The same of the injected model with `adapters`."""
-        return run(self.injected, self._with(self.tree(adapters)))
+        return run(self.injected, self.given(self.tree(adapters)))
 
-    def merged(self, run, adapters):
-        """The same of the model as it was, with the adapters in its weights."""
+    def merged(self, adapters):
+        """What `plain` takes, with the adapters in the weights."""
         merged = jlora.merge(self.injected, self.tree(adapters))
         assert jax.tree.structure(merged) == jax.tree.structure(self.variables["params"])
-        return run(self.module, self._with(merged))
+        return merged
 
     def assert_restored(self, adapters):
         """The base's bits are those of before, and so is the module."""
@@ -79,23 +80,24 @@ class Nnx:
         self.model, _ = row.build()
         self.graphdef = nnx.graphdef(self.model)
         self.before = bits(nnx.to_pure_dict(nnx.state(self.model)))
-        self.original = nnx.clone(self.model)
+        self.params = nnx.state(nnx.clone(self.model))
         jlora.inject(self.model, config, rngs=nnx.Rngs(0), inputs=row.inputs())
         self.adapters, self.base = jlora.partition(self.model)
 
-    def plain(self, run):
-        """run(model, None) of the model as it was."""
-        return run(self.original, None)
+    def plain(self, run, params=None):
+        """run(model, None) of the model as it was; `params`, a state, in place of its own."""
+        model = nnx.merge(self.graphdef, self.params if params is None else params, copy=True)
+        return run(model, None)
 
     def adapted(self, run, adapters):
         """The same of the injected model with `adapters`."""
         return run(jlora.combine(adapters, self.base), None)
 
-    def merged(self, run, adapters):
-        """The same of the model as it was, with the adapters in its weights."""
+    def merged(self, adapters):
+        """What `plain` takes, with the adapters in the weights."""
         merged = jlora.merge(jlora.combine(adapters, self.base))
         assert nnx.graphdef(merged) == self.graphdef
-        return run(merged, None)
+        return nnx.state(merged)
 
     def assert_restored(self, adapters):
         """The model without its factors is the one of before, bit by bit."""

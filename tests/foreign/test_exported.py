@@ -44,8 +44,8 @@ def test_exported_for_peft(name):
     assert np.abs(adapted - plain).max() > 1e-3 * np.abs(plain).max()
     inputs = {f"input_{i}": np.asarray(x) for i, x in enumerate(row.inputs()) if x is not None}
     np.savez(out / "logits.npz", **inputs, plain=plain, adapted=adapted)
-    again, _ = jlora.import_peft(out / "adapter", injected.injected, params=tree), None
-    assert_close(row.call(injected.injected, injected._with(again)), adapted, 1e-6)
+    again = jlora.import_peft(out / "adapter", injected.injected, params=tree)
+    assert_close(row.call(injected.injected, injected.given(again)), adapted, 1e-6)
 
 
 def _in_torch(path, leaf):
@@ -125,7 +125,9 @@ def test_the_names_of_all_known_types():
             if (cls := mapping.get(settings, None)) is None:
                 continue
             model = cls(settings(**config), _do_init=False)
-            shapes = jax.eval_shape(lambda m=model: m.init_weights(jax.random.key(0), m.input_shape))
+            shapes = jax.eval_shape(
+                lambda m=model: m.init_weights(jax.random.key(0), m.input_shape)
+            )
             modules = {".".join(path[:-1]) for path in flatten_dict(dict(shapes))}
             renames = names.names_of_model(model.module)
             found[cls.__name__] = {

@@ -99,6 +99,39 @@ def whisper():
     return _of(FlaxWhisperForConditionalGeneration(config, seed=0))
 
 
+def bloom():
+    """Queries, keys and values in one kernel; no positions, and a head that is the embedding."""
+    from transformers import BloomConfig, FlaxBloomForCausalLM
+
+    config = BloomConfig(vocab_size=VOCAB, hidden_size=WIDTH, n_layer=LAYERS, n_head=HEADS)
+    return _of(FlaxBloomForCausalLM(config, seed=0))
+
+
+def clip():
+    """Two towers, and a scale that is a parameter of the module itself."""
+    from transformers import CLIPConfig, FlaxCLIPModel
+
+    both = {
+        "hidden_size": WIDTH,
+        "intermediate_size": HIDDEN,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+    }
+    config = CLIPConfig(
+        text_config={
+            **both,
+            "vocab_size": VOCAB,
+            "max_position_embeddings": POSITIONS,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        vision_config={**both, "image_size": IMAGES.shape[1], "patch_size": 4},
+        projection_dim=16,
+    )
+    return _of(FlaxCLIPModel(config, seed=0))
+
+
 def _decode(module, variables):
     """As `generate` of these models: a cache made by init, and a mask over all of it."""
     base = module if not hasattr(module, "lora_base") else None
@@ -173,8 +206,12 @@ ROWS = [
     _row("flax_bert", bert, lambda: (
         TOKENS, jnp.ones_like(TOKENS), jnp.zeros_like(TOKENS), positions(TOKENS), None
     ), 13, 3_584),
-    _row("flax_vit", vit, lambda: (IMAGES,), 13, 3_584),
+    _row("flax_vit", vit, lambda: (IMAGES,), 13, 3_476),
+    _row("flax_bloom", bloom, lambda: (TOKENS, jnp.ones_like(TOKENS)), 8, 4_096),
+    Model("flax_clip", "transformers", clip, lambda: (
+        TOKENS, IMAGES, jnp.ones_like(TOKENS), positions(TOKENS)
+    ), 26, 7_040, lambda out: out.logits_per_text),
     _row("flax_whisper", whisper, lambda: (
         FEATURES, TOKENS, jnp.ones_like(TOKENS), positions(TOKENS)
-    ), 28, 0, _decode_whisper),
+    ), 26, 7_040, _decode_whisper),
 ]  # fmt: skip

@@ -123,6 +123,6 @@ def _row(name, build, sites, parameters, head=12):
 ROWS = [
     _row("tunix_llama3", llama3, 14, 3_712, WIDTH // HEADS),
     _row("tunix_qwen3", qwen3, 14, 4_096),
-    _row("tunix_qwen3_moe", lambda: qwen3(experts=4), 16, 0),
-    _row("tunix_gemma3", gemma3, 12, 0, 8),
+    _row("tunix_qwen3_moe", lambda: qwen3(experts=4), 16, 10_144),
+    _row("tunix_gemma3", gemma3, 12, 3_456, 8),
 ]
