@@ -1,5 +1,4 @@
-"""Factors that would do nothing: modules within a model called by themselves, calls that use less
-than was injected, parameters with names like an adapter's."""
+"""Factors that would do nothing: of modules called by themselves, of calls that use less."""
 
 import pickle
 import warnings

@@ -16,7 +16,15 @@ from jlora.injection.nnx_layer import LoraLayer, LoraScaling, lora_class, scalin
 from jlora.injection.nnx_model import PlainModel, Uses, adopt, bare
 from jlora.injection.nnx_sites import check_own_call, holders, plain_sites, type_of
 from jlora.injection.nnx_tree import (
-    KEPT, TrainedParam, drop, get, holder, modules, put, trained_wholly, variables,
+    KEPT,
+    TrainedParam,
+    drop,
+    get,
+    holder,
+    modules,
+    put,
+    trained_wholly,
+    variables,
 )  # fmt: skip
 from jlora.injection.registry import float32
 from jlora.paths import join

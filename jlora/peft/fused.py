@@ -2,8 +2,8 @@
 
 A model says so in a class attribute, `fused_layers = {"qkv_proj": {"q_proj": 8, "k_proj": 4,
 "v_proj": 4}}`: the end of a layer's name -> the names in its place, and how many of the outputs,
-in their order, each has. In the PEFT format each part has its own rows of B, and the same A. A module
-that is only called otherwise there (`names`) is one with a single part.
+in their order, each has. In the PEFT format each part has its own rows of B, and the same A. What
+is only called otherwise there (`names`) has a single part.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """What layers are called in torch, where Hugging Face's torch model names them otherwise than Flax.
 
-A model says so in a class attribute, `peft_names = {r"\\.attention\\.query$": ".attn.q_proj"}`:
+A model says so in a class attribute, `peft_names = {"[.]attention[.]query$": ".attn.q_proj"}`:
 regular expression -> what it is replaced by, in dotted names, one after the other; `{}` says that
 all names are the same. For Flax models of transformers 4 this is known here; `make parity` compares
 each with its torch model in transformers 5.

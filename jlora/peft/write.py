@@ -47,11 +47,13 @@ def export_peft(
     left out; PEFT does not ask for them. A tied embedding that is trained as a whole is written
     under the output head's name too, with ensure_weight_tying: PEFT would otherwise part the two.
 
-    Names are the model's own, with dots, or what its `peft_names` makes of them: {regular
-    expression: replacement}, a class attribute, which Flax models of transformers 4 that are called
-    otherwise in torch since transformers 5 (FlaxViT) need not have. A layer that is several in Hugging Face's model is written
-    as these where the model's class says so: `fused_layers = {"qkv_proj": {"q_proj": 8, "k_proj":
-    4, "v_proj": 4}}`, with the number of outputs that each has, in their order.
+    Names are the model's own, with dots, or what a class attribute of the model makes of them:
+    `peft_names = {"[.]attention[.]query$": ".attn.q_proj"}`, regular expressions and what replaces
+    them. Flax models of transformers 4 need none: names are those of torch in transformers 5, which
+    has renamed some layers (of ViT), and a type whose names are not known is refused. A layer that
+    is several in Hugging Face's model is written as these where the model's class says so:
+    `fused_layers = {"qkv_proj": {"q_proj": 8, "k_proj": 4, "v_proj": 4}}`, with the number of
+    outputs that each has, in their order.
 
     Args:
         path: a directory; an adapter that it holds already is replaced.

@@ -8,7 +8,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from models import (
-    DECODED, HEADS, HIDDEN, KV_HEADS, LAYERS, POSITIONS, TOKENS, VOCAB, WIDTH, Model, one_by_one,
+    DECODED,
+    HEADS,
+    HIDDEN,
+    KV_HEADS,
+    LAYERS,
+    POSITIONS,
+    TOKENS,
+    VOCAB,
+    WIDTH,
+    Model,
+    one_by_one,
 )  # fmt: skip
 
 SIZE = 12  # of a head

@@ -10,7 +10,16 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.core import meta
 from models import (
-    HEADS, HIDDEN, KV_HEADS, LAYERS, POSITIONS, TOKENS, VOCAB, WIDTH, Model, one_by_one,
+    HEADS,
+    HIDDEN,
+    KV_HEADS,
+    LAYERS,
+    POSITIONS,
+    TOKENS,
+    VOCAB,
+    WIDTH,
+    Model,
+    one_by_one,
 )  # fmt: skip
 from tunix_nnx import decode, inputs
 

@@ -1,7 +1,10 @@
 """flaxmodels: vision models in Linen, with batch statistics beside the parameters."""
 
 import jax
-from models import IMAGES, Model
+import models
+from models import Model
+
+IMAGES = models.IMAGES[:, :8, :8]
 
 
 def resnet18():
@@ -14,5 +17,5 @@ def resnet18():
 
 ROWS = [
     Model("flaxmodels_resnet18", "flaxmodels", resnet18, lambda: (IMAGES, False), 21, 145_760,
-          target_modules=("Conv_0", "Conv_1", "Conv_2", "Dense_0")),
+          target_modules=("Conv_0", "Conv_1", "Conv_2", "Dense_0"), rate=1e-3),
 ]  # fmt: skip

@@ -30,6 +30,8 @@ class Model:
     decode: Callable[[Any, Any], Any] | None = None
     """(module, variables) -> logits (B, DECODED, V), one token after the other through a cache."""
     target_modules: Any = "all-linear"
+    rate: float = 3e-2
+    """For AdamW, of which 12 steps are to lower the loss."""
     unused: tuple[str, ...] = ()
     """Sites that the call does not use, which the library is to say."""
 

@@ -1,5 +1,6 @@
 """What Flax models of transformers are exported as: `make parity` loads it in PEFT."""
 
+import dataclasses
 import inspect
 import json
 from pathlib import Path
@@ -31,7 +32,9 @@ ARCHITECTURES = {
 def test_exported_for_peft(name):
     """Weights under torch's names, an adapter whose B is not zero, and the logits it gives."""
     row, out = ROWS[name], EXPORTED / name
-    injected = Linen(row, RANDOM)
+    task = "CAUSAL_LM" if name == "flax_llama" else ""
+    config = dataclasses.replace(RANDOM, task_type=task)
+    injected = Linen(row, config)
     out.mkdir(parents=True, exist_ok=True)
     tensors = dict(map(_in_torch, *zip(*flatten_dict(injected.variables["params"]).items(),
                                        strict=True)))  # fmt: skip
@@ -39,7 +42,7 @@ def test_exported_for_peft(name):
     settings = injected.module.config.to_dict() | {"architectures": [ARCHITECTURES[name]]}
     (out / "config.json").write_text(json.dumps(settings))
     tree = injected.tree(injected.adapters)
-    jlora.export_peft(out / "adapter", injected.injected, RANDOM, params=tree)
+    jlora.export_peft(out / "adapter", injected.injected, config, params=tree)
     adapted, plain = injected.adapted(row.call, injected.adapters), injected.plain(row.call)
     assert np.abs(adapted - plain).max() > 1e-3 * np.abs(plain).max()
     inputs = {f"input_{i}": np.asarray(x) for i, x in enumerate(row.inputs()) if x is not None}
@@ -76,15 +79,16 @@ def test_names_that_are_not_known_are_refused(tmp_path):
 
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], num_labels=3)
     wrapper = FlaxResNetForImageClassification(config, input_shape=(1, 16, 16, 3))
-    module = jlora.inject(wrapper.module, RANDOM)
+    lora = dataclasses.replace(RANDOM, target_modules=("convolution",))
+    module = jlora.inject(wrapper.module, lora)
     images = jax.numpy.ones((1, 16, 16, 3))
     tree = module.init(jax.random.key(0), images)["params"]
     with pytest.raises(jlora.JloraError, match=r"of type 'resnet'.*peft_names = \{'regular"):
-        jlora.export_peft(tmp_path, module, RANDOM, params=tree)
+        jlora.export_peft(tmp_path, module, lora, params=tree)
     assert not list(tmp_path.iterdir())
     type(wrapper.module).peft_names = {r"\bembedder\.embedder\b": "embedder.stem"}
     try:
-        jlora.export_peft(tmp_path, module, RANDOM, params=tree)
+        jlora.export_peft(tmp_path, module, lora, params=tree)
     finally:
         del type(wrapper.module).peft_names
     with safe_open(tmp_path / "adapter_model.safetensors", "np") as file:

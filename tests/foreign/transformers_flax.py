@@ -5,7 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import unfreeze
 from models import (
-    HEADS, HIDDEN, IMAGES, KV_HEADS, LAYERS, POSITIONS, TOKENS, VOCAB, WIDTH, Model, one_by_one,
+    HEADS,
+    HIDDEN,
+    IMAGES,
+    KV_HEADS,
+    LAYERS,
+    POSITIONS,
+    TOKENS,
+    VOCAB,
+    WIDTH,
+    Model,
+    one_by_one,
     positions,
 )  # fmt: skip
 
@@ -163,8 +173,9 @@ def _cache(module, *args, **kwargs):
 
 
 def _decoder(module, tokens, mask, at, encoded, **kwargs):
-    out = module._get_decoder_module()(tokens, mask, at, encoded, **kwargs)
-    return out.last_hidden_state
+    decoder = module._get_decoder_module()
+    out = decoder(tokens, mask, at, encoded, **kwargs)
+    return out.last_hidden_state @ decoder.embed_tokens.embedding.T
 
 
 def _decode_whisper(module, variables):

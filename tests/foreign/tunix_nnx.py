@@ -6,7 +6,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from models import (
-    HEADS, HIDDEN, KV_HEADS, LAYERS, POSITIONS, TOKENS, VOCAB, WIDTH, Model, one_by_one, positions,
+    HEADS,
+    HIDDEN,
+    KV_HEADS,
+    LAYERS,
+    POSITIONS,
+    TOKENS,
+    VOCAB,
+    WIDTH,
+    Model,
+    one_by_one,
+    positions,
 )  # fmt: skip
 
 
