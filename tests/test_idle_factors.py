@@ -166,7 +166,7 @@ def test_a_linen_call_that_uses_all_says_nothing() -> None:
         ({"modules_to_save": ("Dense_1",)}, {"Dense_1/kernel", "Dense_1/bias"}),
         ({"modules_to_save": ("LayerNorm_0",)}, {"LayerNorm_0/scale", "LayerNorm_0/bias"}),
     ],
-    ids=str,
+    ids=["bias", "a layer", "a norm"],
 )
 def test_what_is_trained_as_a_whole_in_a_bridged_module(config: Any, trained: set[str]) -> None:
     class Bridged(nn.Module):
