@@ -27,7 +27,7 @@ MODELS = {
     ),
     "flax_whisper": (
         "WhisperForConditionalGeneration",
-        56,
+        52,
         lambda m, x: m(x[0], decoder_input_ids=x[1], decoder_attention_mask=x[2]),
     ),
 }
