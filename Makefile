@@ -29,10 +29,8 @@ demo: $(VENV)/installed
 	$(BIN)/jlora train --config examples/sentiment.toml --method $(METHOD) --output $(DEMO) \
 		--resume auto
 
-# Most of the time goes to XLA, in programs that run once: here it optimises their code less.
 test: $(VENV)/installed-dev
-	XLA_FLAGS="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true $$XLA_FLAGS" \
-		$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
