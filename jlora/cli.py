@@ -47,7 +47,7 @@ NAMES = tuple(dict.fromkeys(re.findall("^  ([a-z]+) ", USAGE, re.MULTILINE)))
 
 
 _RESUME = ("True", "False", "auto")
-"""What may follow --resume; by itself it is True."""
+"""Values that may follow --resume; by itself it is True."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:

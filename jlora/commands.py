@@ -116,7 +116,7 @@ class ExportConfig(Strict):
     to: Path
     """Directory to write; must not hold an adapter yet."""
     model: Path | None = None
-    """Where the model that the run trained on is now; None: where it was then."""
+    """Place of the model that the run trained on, where it was moved. None: the one it had then."""
     target: Literal["peft", "vllm"] = "peft"
     """Who is to read it. vllm: refuse what its server would not load or would compute otherwise,
     and say which --max-lora-rank it needs."""

@@ -290,10 +290,10 @@ class TrainConfig(Strict):
     data: str
     """Directory with train/valid/test files, one JSON, JSONL or Parquet file, or a hub name."""
     valid_fraction: float = 0.0
-    """Of the training rows, those that are not trained on but whose loss is measured, where the
+    """Fraction of the training rows that is not trained on but whose loss is measured, where the
     data has no valid split. Rows with the same conversation stay together."""
     test_fraction: float = 0.0
-    """Likewise those that are answered, where the data has no test split."""
+    """Fraction of them that is answered instead, where the data has no test split."""
     output: Path
     """Directory of the run; must not hold one yet, unless with --resume."""
     method: Literal["lora", "qlora", "full"] = "lora"
@@ -312,8 +312,8 @@ class TrainConfig(Strict):
     """Date and time that the chat template is told if it asks (strftime_now), as
     2026-01-31T12:00:00. None: those of the run's start."""
     seed: int = 0
-    """Of the initial factors, the order of rows, the rows that --valid-fraction and --test-fraction
-    take, and dropout."""
+    """Seed of the initial factors, the order of rows, the rows that --valid-fraction and
+    --test-fraction take, and dropout."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the base weights and of computation. auto: bfloat16, but float32 on CPU and for --method
     full, where bfloat16 would round small updates away."""

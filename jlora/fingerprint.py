@@ -45,7 +45,7 @@ class Fingerprint:
     quant: dict[str, Any] = dataclasses.field(default_factory=dict)
     """kind, block_size and double_quant of the weights in codes, where there are some."""
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """What its outputs depend on beside all this, where that is known, as of `jlora.load`."""
+    """Names and values of what else its outputs depend on, where known, as of `jlora.load`."""
 
     def __str__(self) -> str:
         """One line: class, size, a hash of the hashes, and the kind of quantised weights."""
@@ -55,7 +55,7 @@ class Fingerprint:
         return f"{self.architecture}, {size:,d} parameters{kind}, hash {whole:08x}"
 
     def differences(self, other: "Fingerprint") -> list[str]:
-        """What another base has otherwise, a line for each kind.
+        """Return what another base has otherwise, a line for each kind.
 
         Hashes and settings count where both have them.
 

@@ -42,7 +42,7 @@ class Model:
     name: str
     """On the hub, "org/name"; otherwise the directory as it was given."""
     commit: str | None = None
-    """Of the hub's repository."""
+    """Hash of the commit in the hub's repository."""
 
     @property
     def pinned(self) -> str:

@@ -6,7 +6,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from helpers import CHAT_TEMPLATE, compilation_cache, write_chats, write_model
+from helpers import CHAT_TEMPLATE, write_chats, write_model
 from train_cases import LORA, OPTIM, quiet, terminate
 
 from jlora import actions, adapters, cli, combination, commands
@@ -27,10 +27,7 @@ EMPTY_THOUGHT = CHAT_TEMPLATE.replace(
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_once(tmp_path_factory):
-    with compilation_cache(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
+pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 @pytest.fixture(scope="module")

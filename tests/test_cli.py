@@ -10,7 +10,7 @@ import tomllib
 
 import jax
 import pytest
-from helpers import compilation_cache, contents, write_chats, write_model
+from helpers import contents, write_chats, write_model
 from safetensors.numpy import load_file
 
 import jlora
@@ -36,10 +36,7 @@ max_new_tokens = 4
 """
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_once(tmp_path_factory):
-    with compilation_cache(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
+pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 @pytest.fixture(scope="module")

@@ -129,7 +129,7 @@ def test_shards_are_whole_or_downloaded(find, tmp_path):
 
 @pytest.mark.parametrize("absent", ["tokenizer.json", "generation_config.json"])
 def test_a_commit_that_is_here_in_part_is_completed(find, tmp_path, absent):
-    """As a program that needs no tokenizer leaves it, or a download that was cut short."""
+    """Leave out what a program that needs no tokenizer does, or a download that was cut short."""
     model = tmp_path / "model"
     model.mkdir()
     for name in NEEDED:

@@ -118,7 +118,7 @@ def test_jlora_load_takes_a_name(home):
 
 
 def outputs(home, tmp_path, model):
-    """What each command that has --model makes of a model, with paths of its own left out."""
+    """Return what each command that has --model makes of a model, its own paths left out."""
     to = tmp_path / "to"
     made = {}
     for command in (
@@ -156,7 +156,7 @@ def test_every_command_takes_a_name(home, tmp_path):
 
 
 def test_the_readmes_first_lines(home, tmp_path, capfd):
-    """As they stand, with our model under that name; chats.jsonl has records of the README's."""
+    """Run them as they stand, on our model under that name and records as the README's."""
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     block = re.search(r"```sh\n(pip install .*?)```", readme, re.DOTALL)[1]
     _, *commands = block.splitlines()

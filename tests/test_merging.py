@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import compilation_cache, contents, write_model
+from helpers import contents, write_model
 from safetensors.numpy import load_file, save_file
 from test_quantised_memory import write_weights
 
@@ -32,10 +32,7 @@ DTYPES = ("auto", "bfloat16")
 FREE = {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_once(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with compilation_cache(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
+pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 @pytest.fixture(scope="module")

@@ -252,7 +252,7 @@ def test_rope_scaling_beats_rope_parameters(tmp_path: Path) -> None:
 @pytest.mark.parametrize("within", [{}, {"original_max_position_embeddings": 512}])
 @pytest.mark.parametrize("table", ["rope_scaling", "rope_parameters"])
 def test_the_original_length_at_the_top_beats_that_within(within, table, tmp_path: Path) -> None:
-    """As Phi-3 writes it; transformers moves it into the table for each family."""
+    """Write it as Phi-3 does; transformers moves it into the table for each family."""
     about = {"model_type": "llama", **SIZES, "max_position_embeddings": 1024}
     top = {table: LLAMA3 | within, "original_max_position_embeddings": 64}
     expected = {table: LLAMA3 | {"original_max_position_embeddings": 64}}

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_same, compilation_cache, write_model
+from helpers import assert_same, write_model
 from safetensors.numpy import load_file, save_file
 
 import jlora
@@ -32,10 +32,7 @@ CONFIGS = {
 UP = "model.layers.1.mlp.up_proj"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_once(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with compilation_cache(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
+pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 @pytest.fixture(scope="module")

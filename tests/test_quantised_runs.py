@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_same, compilation_cache, write_chats, write_model
+from helpers import assert_same, write_chats, write_model
 from safetensors.numpy import load_file
 
 import jlora
@@ -23,10 +23,7 @@ TOKENS = jnp.asarray([[5, 9, 200, 7, 7, 31, 2], [8, 1, 4, 100, 23, 0, 1]], jnp.i
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_once(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with compilation_cache(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
+pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 @pytest.fixture(scope="module")

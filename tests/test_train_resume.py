@@ -12,13 +12,12 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import compilation_cache, contents, write_chats, write_model
+from helpers import contents, write_model
 from safetensors.numpy import load_file
 from train_cases import (
     LORA,
     OPTIM,
     ROWS,
-    configuration,
     crash,
     interrupted,
     quiet,
@@ -37,26 +36,7 @@ from jlora.train.checkpoint import RunCheckpoints
 from jlora.train.run import Run
 from jlora.train.step import init_state
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _compile_once(tmp_path_factory):
-    with compilation_cache(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("run") / "model", num_hidden_layers=2)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_chats(tmp_path_factory.mktemp("run") / "data")
-
-
-@pytest.fixture(scope="module")
-def settings(model, data):
-    return functools.partial(configuration, model, data)
+pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 @pytest.fixture(scope="module")

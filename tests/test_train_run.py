@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 import math
 import shutil
@@ -14,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import compilation_cache, contents, write_chats, write_model
-from train_cases import ROWS, configuration, quiet, same_bits, saved, steps_saved, terminate
+from helpers import contents
+from train_cases import ROWS, quiet, same_bits, saved, steps_saved, terminate
 
 from jlora import adapters, injection, optim
 from jlora.config import EvalConfig, LoraConfig, TrainConfig
@@ -26,26 +25,7 @@ from jlora.models import load
 from jlora.train import loop, measure
 from jlora.train.run import Run
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _compile_once(tmp_path_factory):
-    with compilation_cache(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("run") / "model", num_hidden_layers=2)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_chats(tmp_path_factory.mktemp("run") / "data")
-
-
-@pytest.fixture(scope="module")
-def settings(model, data):
-    return functools.partial(configuration, model, data)
+pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What the tests of whole runs share: a tiny configuration, and how a run is cut short."""
+"""Share among the tests of whole runs a tiny configuration, and how a run is cut short."""
 
 import os
 import signal
@@ -46,12 +46,12 @@ def said_by(settings: TrainConfig) -> list[str]:
 
 
 def terminate() -> None:
-    """As a scheduler that wants the machine back."""
+    """End this process as a scheduler does that wants the machine back."""
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def crash() -> None:
-    """As a machine that goes down."""
+    """Fail as a machine that goes down."""
     raise RuntimeError("the power went out")
 
 

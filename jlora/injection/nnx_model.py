@@ -35,7 +35,7 @@ class Uses:
     """One for a model and the modules within it: while a method of one runs, those of others do as
     their class says."""
     inner: bool = False
-    """Whether it is of a module within an injected model."""
+    """True for a module within an injected model, False for the model."""
     known: dict[Any, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     """Form of a call -> paths of the adapted layers whose weight it uses outside of them."""
     peculiar: dict[str, str] = dataclasses.field(default_factory=dict)

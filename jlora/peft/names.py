@@ -1,4 +1,4 @@
-"""What layers are called in torch, where Hugging Face's torch model names them otherwise than Flax.
+"""Give layers the names of Hugging Face's torch model, where these are others than Flax's.
 
 A model says so in a class attribute, `peft_names = {"[.]attention[.]query$": ".attn.q_proj"}`:
 regular expression -> what it is replaced by, in dotted names, one after the other; `{}` says that

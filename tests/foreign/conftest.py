@@ -1,4 +1,4 @@
-"""Of each compiled function a handful of calls is made: XLA's optimisations cost more than that."""
+"""Compile with less optimisation: each function is called a handful of times."""
 
 import jax
 

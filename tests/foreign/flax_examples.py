@@ -27,7 +27,7 @@ SOURCE = Path(__file__).parents[2] / "build" / "flax-examples"
 
 
 def _lm1b():
-    """Of the module `models`, as which this directory has another."""
+    """Load the example's `models`, a name that this directory has a module of too."""
     spec = importlib.util.spec_from_file_location("lm1b_models", SOURCE / "lm1b" / "models.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules.setdefault("lm1b_models", module)

@@ -26,12 +26,12 @@ class Model:
     sites: int
     parameters: int
     logits: Callable[[Any], Any] = lambda out: out
-    """Of what a call returns."""
+    """Take the logits from what a call returns."""
     decode: Callable[[Any, Any], Any] | None = None
     """(module, variables) -> logits (B, DECODED, V), one token after the other through a cache."""
     target_modules: Any = "all-linear"
     rate: float = 3e-2
-    """For AdamW, of which 12 steps are to lower the loss."""
+    """Learning rate of AdamW, 12 steps of which are to lower the loss."""
     unused: tuple[str, ...] = ()
     """Sites that the call does not use, which the library is to say."""
 

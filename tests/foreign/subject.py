@@ -58,7 +58,7 @@ class Linen:
         return run(self.injected, self.given(self.tree(adapters)))
 
     def merged(self, adapters):
-        """What `plain` takes, with the adapters in the weights."""
+        """Return what `plain` takes, with the adapters in the weights."""
         merged = jlora.merge(self.injected, self.tree(adapters))
         assert jax.tree.structure(merged) == jax.tree.structure(self.variables["params"])
         return merged
@@ -94,7 +94,7 @@ class Nnx:
         return run(jlora.combine(adapters, self.base), None)
 
     def merged(self, adapters):
-        """What `plain` takes, with the adapters in the weights."""
+        """Return what `plain` takes, with the adapters in the weights."""
         merged = jlora.merge(jlora.combine(adapters, self.base))
         assert nnx.graphdef(merged) == self.graphdef
         return nnx.state(merged)

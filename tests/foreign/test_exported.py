@@ -1,4 +1,4 @@
-"""What Flax models of transformers are exported as: `make parity` loads it in PEFT."""
+"""Export Flax models of transformers: `make parity` loads what is written in PEFT."""
 
 import dataclasses
 import inspect

@@ -76,7 +76,7 @@ def _array(leaf):
 @pytest.mark.parametrize("remat", ["BLOCK", "DECODER"])
 @pytest.mark.parametrize("build", [tunix_nnx.llama3, tunix_nnx.qwen3])
 def test_remat_and_the_optimizer_of_nnx(build, remat):
-    """As a user of NNX writes the step: value_and_grad and Optimizer of the factors' type."""
+    """Train as a user of NNX writes the step: value_and_grad and Optimizer of the factors' type."""
     model, _ = build(remat=remat)
     row = ROWS[f"tunix_{build.__name__}"]
     graphdef, before = nnx.graphdef(model), bits(nnx.to_pure_dict(nnx.state(model)))

@@ -19,6 +19,12 @@ from models import (
     positions,
 )  # fmt: skip
 
+SIZES = {
+    "hidden_size": WIDTH,
+    "intermediate_size": HIDDEN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+}
 LABELS = 5
 FEATURES = jnp.asarray(np.random.default_rng(2).normal(size=(2, 8, 16)), jnp.float32)
 
@@ -33,10 +39,7 @@ def llama():
 
     config = LlamaConfig(
         vocab_size=VOCAB,
-        hidden_size=WIDTH,
-        intermediate_size=HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
+        **SIZES,
         num_key_value_heads=KV_HEADS,
         max_position_embeddings=POSITIONS,
         tie_word_embeddings=False,
@@ -60,10 +63,7 @@ def bert():
 
     config = BertConfig(
         vocab_size=VOCAB,
-        hidden_size=WIDTH,
-        intermediate_size=HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
+        **SIZES,
         max_position_embeddings=POSITIONS,
     )
     return _of(FlaxBertForMaskedLM(config, seed=0))
@@ -74,10 +74,7 @@ def vit():
     from transformers import FlaxViTForImageClassification, ViTConfig
 
     config = ViTConfig(
-        hidden_size=WIDTH,
-        intermediate_size=HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
+        **SIZES,
         image_size=IMAGES.shape[1],
         patch_size=4,
         num_labels=LABELS,
@@ -143,7 +140,7 @@ def clip():
 
 
 def _decode(module, variables):
-    """As `generate` of these models: a cache made by init, and a mask over all of it."""
+    """Decode as their `generate` does: a cache made by init, and a mask over all of it."""
     base = module if not hasattr(module, "lora_base") else None
     mask = jnp.ones_like(TOKENS)
     cache = _cache(base or _plain(module), TOKENS, mask, positions(TOKENS), init_cache=True)

@@ -1,4 +1,4 @@
-"""What `make foreign` exported of transformers' Linen models, in torch."""
+"""Load in torch what `make foreign` exported of transformers' Linen models."""
 
 import json
 import warnings
