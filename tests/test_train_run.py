@@ -125,8 +125,11 @@ def test_checkpoints_hold_no_base_weights(finished):
     state = saved(used.output, 60, "state")
     floats = [leaf for leaf in jax.tree.leaves(state) if leaf.dtype == np.float32]
     assert sum(leaf.size for leaf in floats) == 2 * report["trainable_params"]
-    size = sum(len(file) for file in contents(used.output / "checkpoints" / "60").values())
-    assert size < 3 * 4 * report["trainable_params"] + 200_000
+    files = contents(used.output / "checkpoints" / "60")
+    assert {name.split("/")[0] for name in files if "/" in name} == {"adapters", "state", "meta"}
+    # What a process wrote before all was joined stays, in as many pieces as it had the time for.
+    size = sum(len(file) for name, file in files.items() if "ocdbt.process_" not in name)
+    assert size < 3 * 4 * report["trainable_params"] + 100_000
 
 
 def test_a_finished_run_resumed_is_left_as_it_is(finished):
