@@ -182,7 +182,8 @@ def log_to_stderr() -> Iterator[None]:
         yield
     finally:
         log.removeHandler(handler)
-        log.level, log.propagate = before
+        log.setLevel(before[0])  # which forgets what the logger has remembered of levels
+        log.propagate = before[1]
 
 
 def use_compilation_cache() -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -534,3 +535,11 @@ def test_errors_of_the_process_are_one_line(tmp_path):
     assert done.stdout == ""
     assert done.stderr.startswith(f"jlora: {tmp_path / 'nope'}/config.json does not exist")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_what_the_library_logs_is_as_quiet_after_a_command_as_before():
+    log = logging.getLogger("jlora")
+    assert not log.isEnabledFor(logging.INFO)
+    with cli.log_to_stderr():
+        assert log.isEnabledFor(logging.INFO)
+    assert not log.isEnabledFor(logging.INFO)
